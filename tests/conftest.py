@@ -1,0 +1,17 @@
+"""Where measured data and reference values lie, and why a test that needs them is skipped."""
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("BATT_NB_SHARED", ROOT.parent/"shared"))
+DATA, ORACLES = SHARED/"data", SHARED/"oracles"
+
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the measured data sets are not beside this checkout (set BATT_NB_SHARED to their folder)")
+
+
+def oracle(name):
+    """The reference values of one technique."""
+    return json.loads((ORACLES/f"{name}.json").read_text(encoding="utf-8"))
