@@ -13,6 +13,7 @@ import inspect
 import json
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import numpy as np
 import xarray as xr
@@ -126,6 +127,8 @@ def seconds_on(
     ds:xr.Dataset|xr.DataArray, # data of the same cell with `time` and `start_time`
 )->np.ndarray: # seconds of each frame of `ds` after the true start of `clock`
     "The time of one technique's frames on the other's clock."
+    if ds.attrs.get("relative_to"):
+        return np.asarray(ds["time"].values, float)*(1 + float(ds.attrs.get("clock_drift", 0.0))) + float(ds.attrs.get("clock_offset", 0.0))
     (t0, known), (_, other) = start_instant(clock), start_instant(ds)
     if known != other:
         raise BattError("one clock says its time zone, the other does not: they cannot be compared", key="clock.timezone",
@@ -144,18 +147,23 @@ def library_version()->str:
     except PackageNotFoundError: return "not installed"
 
 def content_hash(
-    obj, # DataArray or Dataset; Dask-backed data are named, not computed
+    obj, # DataArray or Dataset; data not in memory are named, not read
 )->str: # 16 hexadecimal digits
     "A hash of names, shapes and values, to tell one input from another."
     h = hashlib.blake2b(digest_size=8)
     variables = obj.variables if isinstance(obj, xr.Dataset) else {obj.name: obj.variable} | {k: v.variable for k, v in obj.coords.items()}
     for name, var in sorted(variables.items(), key=lambda kv: str(kv[0])):
-        data = getattr(var, "_data", None)
-        values = data.name if hasattr(data, "dask") else var.values
+        values = _lazy_name(name, var) or var.values
         h.update(f"{name}{var.dims}{var.shape}{var.dtype}".encode())
         h.update(values.encode() if isinstance(values, str) else
                  "\0".join(map(str, values.ravel())).encode() if values.dtype == object else np.ascontiguousarray(values).tobytes())
     return h.hexdigest()
+
+def _lazy_name(name, var):
+    "What stands for the values of a variable that is not in memory: its graph, or the file it is read from (stages are named by their hash)."
+    if var.chunks is not None: return var.data.name
+    if not var._in_memory: return f"{Path(var.encoding.get('source', '')).name}:{name}"
+    return ""
 
 # %% ../nbs/00_core.ipynb #492991e0
 def record(

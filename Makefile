@@ -1,0 +1,44 @@
+# make report | make test | make test-slow | make lab | make docs | make bench
+SHELL := /bin/bash
+PYTHON ?= python3.11
+CAMPAIGN ?= data_samples/nmc-sample
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TESTED := $(VENV)/.ready-tests
+# another index for torch, e.g. a CUDA build: make TORCH_INDEX=https://...
+PIP_EXTRA := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.PHONY: report test test-slow lab bench readme clean hooks
+
+report: $(READY)
+	@$(BIN)/batt-nb report "$(CAMPAIGN)" $(if $(RAW_ROOT),--raw-root "$(RAW_ROOT)")
+
+test: $(TESTED)
+	@bash tests/gate.sh $(BIN)
+
+test-slow: $(TESTED)
+	@$(BIN)/pytest -m slow
+
+lab: $(READY)
+	@$(BIN)/batt-nb lab nbs
+
+bench: $(TESTED)
+	@bash nbs/benchmarks/run.sh $(BIN)
+
+readme: $(TESTED)
+	@bash environments/make_readme.sh $(BIN)
+
+hooks: $(TESTED)
+	@$(BIN)/nbdev_install_hooks
+
+$(READY): settings.ini setup.py environments/constraints.txt
+	@bash environments/setup.sh "$(PYTHON)" "$(VENV)" "" "$(PIP_EXTRA)"
+	@touch $@
+
+$(TESTED): $(READY)
+	@bash environments/setup.sh "$(PYTHON)" "$(VENV)" dev "$(PIP_EXTRA)"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info
