@@ -108,7 +108,7 @@ def write_novonix(path, e, start, name):
 def edge(energy, e0, white):
     """Absorption edge: arctan step, white line, one damped EXAFS wave."""
     k = np.sqrt(0.2625*np.maximum(energy - e0, 0))
-    return 0.5 + np.arctan((energy - e0)/0.9)/np.pi + white*np.exp(-((energy - e0 - 5.5)/3.2)**2) + 0.09*np.sin(2*1.75*k + 2.1)*np.exp(-0.12*k)*(energy > e0 + 12)
+    return 0.5 + np.arctan((energy - e0)/0.9)/np.pi + white*np.exp(-((energy - e0 - 5.5)/3.2)**2) + 0.09*np.sin(2*1.75*k + 2.1)*np.exp(-0.12*k)/(1 + np.exp(-(energy - e0 - 16)/3))
 
 
 def write_xas(folder, rng, times, x, start, exposure):

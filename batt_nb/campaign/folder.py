@@ -87,6 +87,7 @@ def ingest(self:Campaign,
     "Read the raw files of each technique into the store; what is up to date is left alone."
     names = list(techniques or self.techniques)
     with self.store.lock():
+        self.store.sweep()
         made = [self._ingest_one(n, progress) for n in names]
         if any(made) or not (self.folder/"campaign.h5").exists(): write_index(self.folder, self.store.stages())
     return self
