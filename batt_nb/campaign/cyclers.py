@@ -7,7 +7,7 @@ __all__ = ['UNITS', 'KINDS', 'QUANTITIES', 'NAMES', 'ECLAB', 'ARBIN_UNITS', 'MAC
            'split_unit', 'plain', 'in_si', 'Column', 'pick', 'to_run', 'date_order', 'instant', 'stamps', 'start_of',
            'encoding_of', 'lines_until', 'separator', 'fields', 'is_number', 'numbers', 'read_text', 'read_any',
            'eclab_header', 'read_mpt', 'read_mpr', 'running_time', 'read_neware', 'read_res', 'is_arbin', 'read_table',
-           'read_xlsx', 'read_parquet', 'read_maccor', 'read_novonix', 'read_basytec', 'sniff_columns']
+           'read_xlsx', 'read_parquet', 'read_maccor', 'read_novonix', 'read_basytec', 'sniff_named', 'sniff_columns']
 
 # %% ../../nbs/campaign/31_cyclers.ipynb #57c74636
 import csv
@@ -101,7 +101,7 @@ def in_si(
 # %% ../../nbs/campaign/31_cyclers.ipynb #82dd9b4c
 NAMES = {
     "time": ("test time", "testtime", "run time", "total time", "elapsed time", "time", "t"),
-    "voltage": ("voltage", "ewe", "ecell", "cell voltage", "potential", "volts", "u", "e", "v"),
+    "voltage": ("voltage", "ewe", "ecell", "cell voltage", "potential", "volts", "u"),
     "current": ("current", "i", "amps"),
     "net_capacity": ("net capacity", "(q qo)"),
     "charge_capacity": ("charge capacity", "charging capacity", "chg cap"),
@@ -153,7 +153,8 @@ def _position(header, column, quantity, file):
 
 def _matches(header, names, own_first):
     "Positions of the columns that go by one of the names, those of the best name first."
-    hits = [(i, not (own_first and not split_unit(h)[1]), p) for p, h in enumerate(header) for i, n in enumerate(names) if h.strip() == n or plain(h) == n]
+    same = lambda h, n: h.strip() == n or plain(h) == n and (len(n) > 1 or split_unit(h)[1] != "") # one letter counts only beside a unit
+    hits = [(i, not (own_first and not split_unit(h)[1]), p) for p, h in enumerate(header) for i, n in enumerate(names) if same(h, n)]
     return list(dict.fromkeys(p for *_, p in sorted(hits)))
 
 # %% ../../nbs/campaign/31_cyclers.ipynb #40dde63d
@@ -740,11 +741,15 @@ def _holds(path, *members):
         with zipfile.ZipFile(path) as z: return set(members) <= set(z.namelist())
     except (zipfile.BadZipFile, OSError): return False
 
-def sniff_columns(path, head)->bool: # a table of at least two columns, three rows of it numeric
+def sniff_named(path, head)->bool: # a table that names time, voltage and current
+    "Whether a file is delimited text under a header that `NAMES` knows."
+    return any(_is_table(line) for line in _text(head).splitlines()[:60])
+
+def sniff_columns(path, head)->bool: # a table with at least two rows of three numbers
     "Whether a file is delimited text with rows of numbers."
     whole = _text(head).splitlines()[:-1 if len(head) >= 4096 else None] # the last line may be cut
     rows = [fields(line, separator(line)) for line in whole if line.strip()]
-    return sum(len(r) > 1 and sum(is_number(c) for c in r) >= 2 for r in rows) >= 2
+    return sum(len(r) > 1 and sum(is_number(c) for c in r) >= 3 for r in rows) >= 2
 
 # %% ../../nbs/campaign/31_cyclers.ipynb #3e604ca0
 CYCLERS = ( # name, usual endings, library, how to know it by (path, first bytes), how to read it, whether the match is loose
@@ -760,7 +765,8 @@ CYCLERS = ( # name, usual endings, library, how to know it by (path, first bytes
     ("Arbin csv", (".csv",), "batt_nb", lambda path, head: any(is_arbin(line) and _is_table(line) for line in _text(head).splitlines()[:40]), read_table, False),
     ("Battery Data Format csv", (".bdf.csv", ".csv"), "batt_nb", lambda path, head: any(_is_bdf(line) for line in _text(head).splitlines()[:40]), read_table, False),
     ("Battery Data Format parquet", (".bdf.parquet", ".parquet"), "pyarrow", lambda path, head: head.startswith(b"PAR1"), read_parquet, False),
-    ("table of columns", (".csv", ".txt", ".tsv", ".dat"), "batt_nb", sniff_columns, read_any, True),
+    ("csv with named columns", (".csv", ".txt", ".tsv"), "batt_nb", sniff_named, read_any, False),
+    ("csv with a column map", (".csv", ".txt", ".tsv", ".dat"), "batt_nb", sniff_columns, read_any, True),
 )
 
 def _is_bdf(line):

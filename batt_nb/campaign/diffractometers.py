@@ -117,14 +117,13 @@ def _xrdml_intensity(points):
     values = _numbers(stored if counts is None else counts)
     factors = [_numbers(f) for tag in ("beamAttenuationFactors", "commonBeamAttenuationFactor") if (f := points.find(f"{{*}}{tag}")) is not None]
     factor = np.ones(len(values)) * (factors[0] if factors else 1.0)
-    sigma = poisson_sigma(values, factor) if counts is None else factor*poisson_sigma(values)
-    remarks = []
+    intensity, remarks = values if counts is None else values*factor, []
     if (factor != 1).any():
         how = "already multiplied in by the instrument" if counts is None else "multiplied into the raw counts here"
         remarks.append(f"a beam attenuator was in at {int((factor != 1).sum())} of {len(values)} points (factor up to {factor.max():g}), {how}")
     if any(points.find(f"{{*}}{t}") is not None for t in ("divergenceCorrections", "commonDivergenceCorrection")):
         remarks.append("the file lists divergence corrections: they are not applied")
-    return values if counts is None else values*factor, sigma, remarks
+    return intensity, poisson_sigma(intensity, factor), remarks
 
 # %% ../../nbs/campaign/35_diffractometers.ipynb #56d4aca8
 def _xrdml_scan(measurement, scan, version):

@@ -64,11 +64,12 @@ def rest_limit(
     return float(min(max(accuracy*full, 1.5*_flicker(i, small), 5*noise), 0.05*full))
 
 def _flicker(i, small):
-    "The last digit of a record that rounds, if it comes and goes within two rows; else 0."
+    "The last digit of a record that rounds, if it often comes and goes within two rows; else 0."
     sizes = np.abs(small[small != 0])
     if not sizes.size: return 0.0
     on = np.flatnonzero(np.diff(np.isclose(np.abs(i), sizes.min(), rtol=1e-6, atol=0), prepend=False, append=False))
-    return sizes.min() if np.median(on[1::2] - on[::2]) <= 2 else 0.0
+    lasted = on[1::2] - on[::2]
+    return sizes.min() if lasted.size >= 5 and np.median(lasted) <= 2 else 0.0
 
 # %% ../../nbs/campaign/60_state.ipynb #54c2e256
 BRANCHES = {-1: "unknown", 0: "rest", 1: "charge", 2: "discharge"}
@@ -140,6 +141,7 @@ def coulomb_check(
 )->dict: # rule, relative (the largest relative difference of a half-cycle), half_cycles, charge_mAh of the largest
     "Compare the cycler's coulombs with the integral of its current."
     if "capacity" not in echem: raise BattError("the record has no charge counted by the cycler", key="capacity", mend="nothing to compare: integrate the current")
+    for name in ("current", "capacity"): require(echem[name], "time", finite=True)
     t, q = echem["time"].values, np.asarray(echem["capacity"].values, float)
     largest = max(np.ptp(q), 1e-300)
     edges = [0, *turning_points(q, 0.01*largest)[0], q.size - 1]
@@ -332,7 +334,7 @@ def charge_state(
     ds = ds.assign(branch=("time", branch, BRANCH_ATTRS | {"rest_current": limit}), cycle=("time", (number + 1)//2, {"units": "1", "long_name": "Cycle"}),
                    half_cycle=("time", number, {"units": "1", "long_name": "Half-cycle", "first_direction": way}),
                    half_cycle_charge=("time", _since_start(ds["capacity"].values, number), {"units": "Ah", "long_name": "Charge passed in the half-cycle"}))
-    ds = _add_headers(ds, cell)
+    ds = _add_headers(ds, cell, "capacity" in echem)
     ds = _add_content(ds, cell)
     return _check_content(ds, cell, limits) if "lithium_content" in ds else ds
 
@@ -343,13 +345,13 @@ def _since_start(q, number):
     reference = q[np.maximum(starts - 1, 0)]
     return q - np.repeat(reference, np.diff(np.r_[starts, q.size]))
 
-def _add_headers(ds, cell):
+def _add_headers(ds, cell, counted):
     "Verdicts on header values and on coulombs, as attributes and flags."
     found = header_verdicts(ds, cell)
     if found: ds = ds.assign_attrs(header_verdicts=json.dumps(found, ensure_ascii=False))
     for v in found:
         if v["verdict"] == "refused": ds = flag(ds, f"{v['key']} = {v['value']:g} {v['units']} is refused: {v['reason']}")
-    if np.ptp(ds["capacity"].values) > 0:
+    if counted and np.ptp(ds["capacity"].values) > 0:
         check = coulomb_check(ds)
         ds = ds.assign_attrs(coulomb_difference=check["relative"], coulomb_rule=check["rule"])
         if check["relative"] > 1e-3: ds = flag(ds, f"the cycler's coulombs and the integral of its current differ by {check['relative']:.2%} in a half-cycle")

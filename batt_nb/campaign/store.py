@@ -39,9 +39,11 @@ def blocks(
 ):
     "Slices along the first dimension and the values in them, one Dask block in memory at a time."
     if not hasattr(data, "dask"): yield slice(None), data; return
-    start = 0
-    for n in data.chunks[0]:
-        yield slice(start, start + n), data[start:start + n].compute(scheduler="synchronous")
+    import dask
+    data = data.rechunk({i: -1 for i in range(1, data.ndim)})
+    graph, start = data.__dask_graph__(), 0
+    for n, key in zip(data.chunks[0], dask.core.flatten(data.__dask_keys__()), strict=True):
+        yield slice(start, start + n), dask.get(graph.cull({key}), key)
         start += n
 
 # %% ../../nbs/campaign/50_store.ipynb #f70f2362
@@ -52,8 +54,8 @@ def _plain_attrs(ds, file):
             if not isinstance(value, (str, int, float, np.number, np.ndarray, list, tuple)) or isinstance(value, bool):
                 raise BattError(f"the attribute {key} of {owner} is a {type(value).__name__}, which the store cannot hold", file=file, key=key, mend="write it as text or number")
 
-def _write_variables(f, ds, draft, progress=False, sizes=None):
-    "All variables of a dataset into an open h5netcdf file, streaming those that are lazy."
+def _declare(f, ds, sizes=None):
+    "Dimensions, variables and attributes of a dataset into an open h5netcdf file, without their values."
     from h5py import string_dtype
     f.dimensions = {str(d): n for d, n in (sizes or ds.sizes).items()}
     for name, var in ds.variables.items():
@@ -63,15 +65,18 @@ def _write_variables(f, ds, draft, progress=False, sizes=None):
         out = f.create_variable(str(name), var.dims, dtype, **({} if small else {"chunks": chunk_shape(var.shape, var.dtype.itemsize), **_compression()}))
         if name in ds.coords and name not in ds.dims: out.attrs["batt_nb_coordinate"] = 1
         for key, value in var.attrs.items(): out.attrs[key] = value
-        data = getattr(var, "_data", var.values)
-        data = data if hasattr(data, "dask") else var.values
+    for key, value in ds.attrs.items(): f.attrs[key] = value
+
+def _fill(f, ds, draft, progress=False):
+    "The values of a dataset into the declared variables of an open h5py file or group, streaming those that are lazy."
+    for name, var in ds.variables.items():
+        data = var.data if var.chunks is not None else var.values
         bar = tqdm(total=var.nbytes, unit="B", unit_scale=True, desc=f"store {name}", disable=not progress or var.nbytes < 2**27)
-        for where, values in blocks(data):
-            out[where if var.ndim else ...] = values.astype(object) if text else values
+        for where, values in blocks(data) if var.size else ():
+            f[str(name)][where if var.ndim else ()] = values.astype(object) if var.dtype.kind in "OU" else values
             draft.check()
             bar.update(values.nbytes)
         bar.close()
-    for key, value in ds.attrs.items(): f.attrs[key] = value
 
 # %% ../../nbs/campaign/50_store.ipynb #7e0f5082
 class Draft(io.FileIO):
@@ -166,8 +171,10 @@ def write_stage(
     path = Path(path)
     _plain_attrs(ds, path.name)
     with replacing(path) as temporary:
-        with drafting(temporary) as (f, draft): _write_variables(f, ds, draft, progress)
-        with drafting(temporary, "r+") as (f, _): _link_nexus(f, ds)
+        with drafting(temporary) as (f, _): _declare(f, ds)
+        with drafting(temporary, "r+") as (f, draft):
+            _fill(f, ds, draft, progress)
+            _link_nexus(f, ds)
     return path
 
 # %% ../../nbs/campaign/50_store.ipynb #97a7069a
@@ -229,11 +236,12 @@ def write_index(
     path = Path(folder)/"campaign.h5"
     with replacing(path) as temporary:
         opened = {key: open_stage(p) for key, p in stages.items()}
-        with drafting(temporary) as (f, draft):
-            for (technique, stage), ds in opened.items():
-                g = f.create_group(f"{technique}/{stage}")
-                _write_variables(g, ds.drop_vars([n for n in ds.data_vars if not _is_copied(ds[n])]), draft, sizes=ds.sizes)
-        with drafting(temporary, "r+") as (f, _): _link_virtual(f, folder, stages, opened)
+        copied = {key: ds.drop_vars([n for n in ds.data_vars if not _is_copied(ds[n])]) for key, ds in opened.items()}
+        with drafting(temporary) as (f, _):
+            for (technique, stage), ds in copied.items(): _declare(f.create_group(f"{technique}/{stage}"), ds, opened[technique, stage].sizes)
+        with drafting(temporary, "r+") as (f, draft):
+            for (technique, stage), ds in copied.items(): _fill(f[f"{technique}/{stage}"], ds, draft)
+            _link_virtual(f, folder, stages, opened)
         for ds in opened.values(): ds.close()
     return path
 
