@@ -1,4 +1,4 @@
-# make report | make test | make test-slow | make lab | make docs | make bench
+# make report [CAMPAIGN=folder] | make test | make test-slow | make lab | make bench | make readme | make hooks
 SHELL := /bin/bash
 PYTHON ?= python3.11
 CAMPAIGN ?= data_samples/nmc-sample

@@ -269,32 +269,63 @@ def _draw_frame(ax, f, i):
     if f.shown[0] == "shift": ax.invert_xaxis()
 
 # %% ../nbs/50_explore.ipynb #febde14d
-def _cursor(p, i):
-    "The band of one frame's exposure and the line in its middle; empty where its time is unknown."
-    import holoviews as hv
-    start, end = (p.start[i], p.end[i]) if np.isfinite(p.start[i]) else (np.nan, np.nan)
-    band = hv.VSpans(([start], [end])).opts(color="#d62728", alpha=0.35, line_alpha=0)
-    return band*hv.VLines([(start + end)/2]).opts(color="#d62728", line_width=1.5)
+def _figure(**options):
+    "An empty Bokeh figure with the tools that help."
+    from bokeh.plotting import figure
+    fig = figure(tools="pan,wheel_zoom,box_zoom,reset,save", toolbar_location="above", active_drag="box_zoom", **options)
+    fig.toolbar.logo = None
+    fig.xgrid.visible = fig.ygrid.visible = False
+    fig.min_border_left, fig.axis.axis_label_text_font_style = 80, "normal"
+    return fig
 
-def _voltage_panel(f, p):
-    "Voltage curve, the joined voltages of the frames, and what can be tapped."
-    import holoviews as hv
-    kdim, vdim = hv.Dimension("t", label=p.label), hv.Dimension("v", label="Voltage (V)")
-    joined = f.ds["voltage"].values.astype(float) if "voltage" in f.ds.variables and f.ds["voltage"].dims == (f.walk,) else np.full(len(f), np.nan)
-    curve = hv.Curve(thin(p.time, p.voltage), kdim, vdim).opts(color="#555555", line_width=1.2)
-    dots = hv.Scatter(((p.start + p.end)/2, joined), kdim, vdim).opts(color="#1f77b4", size=5)
-    return curve, dots
+def _voltage_figure(f, p, c):
+    "The voltage curve, and on it the voltages that the join gave the frames."
+    from bokeh.models import Range1d
+    known = np.concatenate([c.x, p.time[[0, -1]] if len(p.time) else [], p.start[np.isfinite(p.start)]])
+    fig = _figure(frame_width=560, height=230, x_range=Range1d(known.min(), known.max()), y_axis_label="Voltage (V)")
+    fig.line(*thin(p.time, p.voltage), color="#555555", line_width=1.2)
+    if "voltage" in f.ds.variables and f.ds["voltage"].dims == (f.walk,):
+        fig.scatter((p.start + p.end)/2, f.ds["voltage"].values.astype(float), color="#1f77b4", size=5)
+    return fig
 
 # %% ../nbs/50_explore.ipynb #7488b045
-def _contour_panel(f, p, c, change):
-    "The contour as measured, or as the change from its first frame."
-    import holoviews as hv
+def _shades(c, change):
+    "The contour's values, the limits of its color scale and the palette."
+    from bokeh.palettes import RdBu11, Viridis256
     z = c.z - c.first[:, None] if change else c.z
-    low, high = np.nanpercentile(z, [1, 99.5]) if not change else np.nanpercentile(np.abs(z), 99.5)*np.array([-1, 1])
+    low, high = np.nanpercentile(np.abs(z), 99.5)*np.array([-1, 1]) if change else np.nanpercentile(z, [1, 99.5])
     if not high > low: low, high = low - 0.5, high + 0.5
-    kdims = [hv.Dimension("t", label=p.label), hv.Dimension("c", label=c.label)]
-    shown = hv.Image((c.x, c.y, z), kdims, hv.Dimension("z", label="Change from the first frame" if change else quantity(f)))
-    return shown.opts(cmap="RdBu_r" if change else "viridis", clim=(float(low), float(high)), colorbar=True, bgcolor="#e8e8e8")
+    return z.astype("f4"), float(low), float(high), RdBu11 if change else Viridis256
+
+def _contour_figure(f, p, c, x_range):
+    "The contour, and what changes its shades."
+    from bokeh.models import ColorBar, LinearColorMapper, Range1d
+    z, low, high, palette = _shades(c, False)
+    mapper = LinearColorMapper(palette=palette, low=low, high=high, nan_color="#e4e4e4")
+    dx, dy = (a[1] - a[0] if len(a) > 1 else 1.0 for a in (c.x, c.y))
+    y_range = Range1d(c.y[0] - dy/2, c.y[-1] + dy/2)
+    fig = _figure(frame_width=560, height=350, x_range=x_range, y_range=y_range, x_axis_label=p.label, y_axis_label=c.label, title=quantity(f))
+    drawn = fig.image(image=[z], x=c.x[0] - dx/2, y=c.y[0] - dy/2, dw=dx*len(c.x), dh=dy*len(c.y), color_mapper=mapper)
+    fig.add_layout(ColorBar(color_mapper=mapper, width=12), "right")
+    def shade(change):
+        z, mapper.low, mapper.high, mapper.palette = _shades(c, change)
+        drawn.data_source.data.update(image=[z])
+        fig.title.text = f"{quantity(f)}: change from the first frame" if change else quantity(f)
+    return fig, shade
+
+# %% ../nbs/50_explore.ipynb #a6bd9aa1
+def _cursor(p, figures):
+    "A cursor in each figure, and what moves them."
+    from bokeh.models import BoxAnnotation, Span
+    bands = [BoxAnnotation(fill_color="#d62728", fill_alpha=0.3, line_alpha=0) for _ in figures]
+    spans = [Span(dimension="height", line_color="#d62728", line_width=1.5) for _ in figures]
+    for fig, band, span in zip(figures, bands, spans, strict=True): fig.add_layout(band); fig.add_layout(span)
+    def move(i):
+        known = bool(np.isfinite(p.start[i]))
+        start, end = (float(p.start[i]), float(p.end[i])) if known else (0.0, 0.0)
+        for band, span in zip(bands, spans, strict=True):
+            band.update(left=start, right=end, visible=known); span.update(location=(start + end)/2, visible=known)
+    return move
 
 # %% ../nbs/50_explore.ipynb #e86d5731
 def shrink(
@@ -306,59 +337,71 @@ def shrink(
     y, x = (n//k*k for n in image.shape)
     return image[:y, :x].reshape(y//k, k, x//k, k).mean((1, 3)) if k > 1 else image
 
-def _frame_panel(f, i, limits, first, others):
-    "One frame, as a line over the first one or as an image."
-    import holoviews as hv
-    if f.is_image:
-        (y, ylabel), (x, xlabel) = axis(f, "y"), axis(f, "x")
-        dy, dx = (abs(a[1] - a[0])/2 if len(a) > 1 else 0.5 for a in (y, x))
-        kdims = [hv.Dimension("fx", label=xlabel), hv.Dimension("fy", label=ylabel)]
-        shown = hv.Image(shrink(one(f, i, **others))[::-1], kdims, hv.Dimension("fz", label=quantity(f)), bounds=(x.min() - dx, y.min() - dy, x.max() + dx, y.max() + dy))
-        return shown.opts(cmap="gray", clim=limits, colorbar=True, invert_yaxis=True, data_aspect=1)
+def _line_figure(f, limits):
+    "A frame as a line over the first one, and what draws another."
+    from bokeh.models import ColumnDataSource, Range1d
     x, xlabel = axis(f, f.shown[0])
-    kdim, vdim = hv.Dimension("fx", label=xlabel), hv.Dimension("fv", label=quantity(f), range=limits)
-    line = lambda values, color, name: hv.Curve((x, values), kdim, vdim, label=name).opts(color=color, line_width=1.5)
-    return line(first, "#bbbbbb", "first frame") * line(one(f, i, **others), "#d62728", "this frame")
+    low, high = (x.max(), x.min()) if f.shown[0] == "shift" else (x.min(), x.max())
+    fig = _figure(frame_width=430, height=480, x_axis_label=xlabel, y_axis_label=quantity(f), x_range=Range1d(low, high), y_range=Range1d(*limits))
+    source = ColumnDataSource({"x": x, "y": one(f, 0)})
+    fig.line(x, one(f, 0), color="#bbbbbb", line_width=1.5, legend_label="first frame")
+    fig.line("x", "y", source=source, color="#d62728", line_width=1.5, legend_label="this frame")
+    fig.legend.update(orientation="horizontal", border_line_alpha=0); fig.add_layout(fig.legend[0], "above")
+    return fig, lambda i, **others: source.data.update(y=one(f, i, **others))
+
+# %% ../nbs/50_explore.ipynb #23aafbbf
+def _image_figure(f, limits):
+    "A frame as an image, its first row on top, and what draws another."
+    from bokeh.models import ColorBar, LinearColorMapper, Range1d
+    (y, ylabel), (x, xlabel) = axis(f, "y"), axis(f, "x")
+    dy, dx = (abs(a[1] - a[0]) if len(a) > 1 else 1.0 for a in (y, x))
+    left, top, width, height = x.min() - dx/2, y.min() - dy/2, dx*len(x), dy*len(y)
+    mapper = LinearColorMapper(palette="Greys256", low=limits[0], high=limits[1])
+    fig = _figure(frame_width=430, frame_height=max(80, min(560, int(430*height/width))), match_aspect=True, x_axis_label=xlabel, y_axis_label=ylabel,
+                  x_range=Range1d(left, left + width), y_range=Range1d(top + height, top), title=quantity(f))
+    drawn = fig.image(image=[shrink(one(f, 0)).astype("f4")], x=left, y=top, dw=width, dh=height, color_mapper=mapper)
+    fig.add_layout(ColorBar(color_mapper=mapper, width=12), "right")
+    return fig, lambda i, **others: drawn.data_source.data.update(image=[shrink(one(f, i, **others)).astype("f4")])
 
 # %% ../nbs/50_explore.ipynb #bb5cd928
-def _panels(f, p, c, slider, change, others):
-    "Voltage, contour and frame as linked HoloViews elements that follow the slider."
-    import holoviews as hv
-    import panel as pn
-    border = lambda plot, element: setattr(plot.state, "min_border_left", 85)
-    curve, dots = _voltage_panel(f, p)
-    cursor = hv.DynamicMap(pn.bind(lambda i: _cursor(p, i), i=slider))
-    shades = hv.DynamicMap(pn.bind(lambda change: _contour_panel(f, p, c, change), change=change))
-    go = lambda x, y: setattr(slider, "value", nearest(p, x)) if x is not None else None
-    for source in (curve, shades): hv.streams.Tap(source=source).add_subscriber(go)
-    top = (curve*dots*cursor).opts(hv.opts.Overlay(frame_width=560, height=230, xlabel="", hooks=[border], active_tools=[], show_legend=False))
-    below = (shades*cursor).opts(hv.opts.Overlay(frame_width=560, height=340, hooks=[border], active_tools=[]))
-    first = one(f, 0)
-    draw = lambda i, **at: _frame_panel(f, i, c.limits, first, at)
-    frame = hv.DynamicMap(pn.bind(draw, i=slider, **others)).opts(frame_width=420, height=430, active_tools=[]) if not f.is_image else \
-            hv.DynamicMap(pn.bind(draw, i=slider, **others)).opts(frame_width=420, active_tools=[])
-    return (top + below).cols(1), frame
-
-# %% ../nbs/50_explore.ipynb #f7b685e4
 def explorer(
     frames:xr.Dataset, # a technique's data, joined or not
     echem:xr.Dataset|None=None, # record of the same cell
     variable:str|None=None, # the technique's main one where left out
 ):
     "The live view of one technique: slider, voltage curve, contour, frame."
-    import holoviews as hv
     import panel as pn
-    if "bokeh" not in hv.Store.renderers: hv.extension("bokeh", logo=False)
     pn.extension()
     f = Frames(frames, variable)
     p = place(f, echem); c = contour(f, p)
     slider = pn.widgets.DiscreteSlider(name="Frame", options={_stop(f, p, i): i for i in range(len(f))}, value=0, width=560)
     change = pn.widgets.Checkbox(name="Contour: change from the first frame", value=False)
     others = {d: pn.widgets.IntSlider(name=d, start=0, end=f.ds.sizes[d] - 1, value=f.ds.sizes[d]//2, width=200) for d in f.others}
-    time_panels, frame_panel = _panels(f, p, c, slider, change, others)
-    words = pn.pane.Str(pn.bind(lambda i: escape(caption(f, p, i)), i=slider), styles={"font-size": "13px"})
-    left = pn.Column(slider, pn.Row(change, *others.values()), pn.pane.HoloViews(time_panels))
-    return pn.Column(pn.Row(left, pn.Column(words, pn.pane.HoloViews(frame_panel))), *_remarks(p, frames))
+    words = pn.pane.Str(escape(caption(f, p, 0)), styles={"font-size": "13px"})
+    panes = _linked(f, p, c, slider, change, others, words)
+    left = pn.Column(slider, pn.Row(change, *others.values()), panes[0])
+    return pn.Column(pn.FlexBox(left, pn.Column(words, panes[1])), *_remarks(p, frames))
+
+# %% ../nbs/50_explore.ipynb #f7b685e4
+def _linked(f, p, c, slider, change, others, words):
+    "The time panels and the frame, following the slider; taps set it."
+    import panel as pn
+    from bokeh.layouts import column
+    top = _voltage_figure(f, p, c)
+    below, shade = _contour_figure(f, p, c, top.x_range)
+    frame, draw = (_image_figure if f.is_image else _line_figure)(f, c.limits)
+    move = _cursor(p, (top, below))
+    panes = [pn.pane.Bokeh(column(top, below)), pn.pane.Bokeh(frame)]
+    def update(*_):
+        i = slider.value
+        move(i); draw(i, **{d: w.value for d, w in others.items()})
+        words.object = escape(caption(f, p, i))
+        pn.io.push_notebook(*panes)
+    move(0)
+    for widget in (slider, *others.values()): widget.param.watch(update, "value")
+    change.param.watch(lambda event: (shade(event.new), pn.io.push_notebook(*panes)), "value")
+    for fig in (top, below): fig.on_event("tap", lambda event: setattr(slider, "value", nearest(p, event.x)))
+    return panes
 
 def _stop(f, p, i):
     "What the slider says at one frame."

@@ -7,7 +7,7 @@ __all__ = ['ROLES', 'FORMATS', 'READER', 'energy_in_ev', 'mend_energy', 'split_u
            'numbers', 'table', 'spectrum', 'xdi_header', 'iso_time', 'read_xdi', 'read_columns', 'is_columns',
            'read_extranormal', 'on_one_grid', 'stack_records', 'perl_list', 'project_text', 'project_records',
            'read_athena', 'pick_record', 'is_spec', 'asctime', 'read_spec', 'groups_with_spectra', 'is_hdf5_spectrum',
-           'LazyH5', 'h5_array', 'energy_last', 'read_hdf5', 'names_to_coords', 'time_remarks', 'combine',
+           'LazyH5', 'h5_array', 'spectral_axes', 'read_hdf5', 'names_to_coords', 'time_remarks', 'combine',
            'reading_noise', 'crossing', 'edge_position']
 
 # %% ../../nbs/campaign/32_absorption.ipynb #45be4086
@@ -50,9 +50,9 @@ def mend_energy(
     "Drop missing rows, sort the energies and average repeated readings; each is flagged with its number."
     main = next(v for v in ("norm", "mu", "itrans") if v in ds)
     good = np.isfinite(ds.energy.values)
-    if not hasattr(ds[main].data, "dask"): good = good & ds[main].notnull().any([d for d in ds[main].dims if d != "energy"]).values
+    if not hasattr(ds[main].data, "dask"): good = good & np.isfinite(ds[main]).any([d for d in ds[main].dims if d != "energy"]).values
     if not good.all(): ds = flag(ds.isel(energy=good), f"{int((~good).sum())} of {good.size} points have no finite energy or absorption: dropped")
-    if ds.sizes["energy"] < 3: raise BattError(f"only {ds.sizes['energy']} energies with an absorption", file=file, key=main, mend="check which columns the file holds: hint columns = {energy = ..., mu = ...}")
+    if ds.sizes["energy"] < 3: raise BattError(f"only {ds.sizes['energy']} energies have an absorption", file=file, key=main, mend="check which columns the file holds: hint columns = {energy = ..., mu = ...}")
     step = np.diff(ds.energy.values)
     if (step < 0).all(): ds = flag(ds.isel(energy=slice(None, None, -1)), "the energies run downward: turned round")
     elif (step < 0).any(): ds = flag(ds.sortby("energy"), f"{int((step < 0).sum())} of {step.size} energy steps run backward: the points were sorted")
@@ -68,7 +68,7 @@ def _average_repeats(ds, near):
     along = [v for v in ds.data_vars if "energy" in ds[v].dims]
     mean = ds[along].drop_vars("energy").assign_coords(run=("energy", run)).groupby("run").mean(keep_attrs=True)
     ds = ds.drop_dims("energy").merge(mean.rename(run="energy").assign_coords(energy=energy).transpose(..., *ds[along[0]].dims)).assign_attrs(attrs)
-    return flag(ds, f"{run.size - energy.size} energies were read more than once: repeated readings are averaged")
+    return flag(ds, f"{run.size - energy.size} of {run.size} readings repeat an energy: they are averaged with it")
 
 # %% ../../nbs/campaign/32_absorption.ipynb #bd61ef3f
 ROLES = {
@@ -115,7 +115,7 @@ def absorption(
 )->tuple[dict, dict]: # variables (norm or mu, foil, i0), and the rules that made them
     "Form the absorption from what the detectors counted."
     if mode not in (None, "transmission", "fluorescence"): raise BattError(f"there is no mode {mode!r}", file=file, key="mode", mend="transmission or fluorescence")
-    log = lambda a, b: np.log(np.where((a/b > 0), a/b, np.nan))
+    log = lambda a, b: np.log(np.where((a > 0) & (b > 0), a, np.nan)/b)
     out, rules = {k: c[k] for k in ("foil", "i0") if k in c}, {}
     with np.errstate(all="ignore"):
         if "norm" in c and not mode: out["norm"], rules["mu_rule"] = c["norm"], "normalized absorption, as the file gives it"
@@ -577,12 +577,12 @@ def h5_array(
     return da.from_array(data, chunks=(rows, *data.shape[1:]), name=f"{Path(path).name}{name}-{size:.0f}-{Path(path).stat().st_mtime_ns}", asarray=True)
 
 # %% ../../nbs/campaign/32_absorption.ipynb #f12eb45c
-def energy_last(
+def spectral_axes(
     data, # NumPy or Dask array with one axis of energies
     n:int, # number of energies
     axis:int|None=None, # which axis; None: the one of length n
     file=None, # named in errors
-): # the array with the energies last, and the names of its dimensions
+): # the array (a series of spectra: energies last), and the names of its dimensions
     "Name the dimensions of an array by the length of its energy axis."
     fits = [i for i, s in enumerate(data.shape) if s == n]
     if axis is None and len(fits) > 1: raise BattError(f"the {n} energies could lie along axis {' or '.join(map(str, fits))} of {data.shape}", file=file, key="energy_axis", mend=f"give the hint energy_axis = {fits[0]}")
@@ -590,8 +590,8 @@ def energy_last(
     if axis is None or axis not in range(data.ndim) or data.shape[axis] != n: raise BattError(f"the absorption has the shape {data.shape}, and there are {n} energies", file=file, key="energy_axis", mend="check the hint paths")
     rest = {0: (), 1: ("frame",), 2: ("y", "x"), 3: ("frame", "y", "x")}.get(data.ndim - 1)
     if rest is None: raise BattError(f"an array of {data.ndim} axes is no series of spectra", file=file, mend="check the hint paths")
-    order = [i for i in range(data.ndim) if i != axis] + [axis]
-    return data.transpose(order), (*rest, "energy")
+    if data.ndim == 2: return (data if axis == 1 else data.T), ("frame", "energy")
+    return data, (*rest[:axis], "energy", *rest[axis:])
 
 # %% ../../nbs/campaign/32_absorption.ipynb #854606d1
 def read_hdf5(
@@ -656,7 +656,7 @@ def _h5_spectra(path, roles, energy_axis, units, mode):
         energy = np.asarray(f[roles["energy"]][()], float).ravel()
         extra = {k: np.asarray(f[roles[k]][()], float).ravel() for k in ("time", "y", "x") if k in roles}
     e, remark = energy_in_ev(energy, units or (unit.decode() if isinstance(unit, bytes) else str(unit)), file)
-    named = {r: energy_last(h5_array(path, p), e.size, energy_axis if r in ("mu", "norm", "itrans", "ifluor") else None, file) for r, p in roles.items() if r not in ("energy", "time", "y", "x")}
+    named = {r: spectral_axes(h5_array(path, p), e.size, energy_axis if r in ("mu", "norm", "itrans", "ifluor") else None, file) for r, p in roles.items() if r not in ("energy", "time", "y", "x")}
     da = {r: xr.DataArray(v, dims=d) for r, (v, d) in named.items()}
     out, rules = absorption(da, mode, file) if not any(hasattr(v.data, "dask") for v in da.values()) else _lazy_absorption(da, file)
     dims = max((v.dims for v in da.values()), key=len)
@@ -707,7 +707,7 @@ def time_remarks(
     t, remarks = ds.time.values, []
     step = np.diff(t)
     if t.size > 2 and (gaps := step > 2*np.median(step)).any():
-        remarks.append(f"{int(gaps.sum())} gaps are longer than twice the median spacing of {np.median(step):.0f} s, the longest {step.max():.0f} s")
+        remarks.append(f"{int(gaps.sum())} gap{'s are' if gaps.sum() > 1 else ' is'} longer than twice the median spacing of {np.median(step):.0f} s, the longest {step.max():.0f} s")
     if (step == 0).any(): remarks.append(f"{int((step == 0).sum())} spectra have the same start as the one before: their order is that of their names")
     if "exposure" in ds.coords and (over := (step > 0) & (step < ds.exposure.values[:-1] - 1e-3)).any(): remarks.append(f"{int(over.sum())} spectra begin before the one before has ended")
     return remarks
@@ -786,12 +786,16 @@ def crossing(
 )->tuple[np.ndarray, np.ndarray]: # energy of the first upward crossing (...), NaN where there is none; its error for unit noise
     "First upward crossing of a level, by straight lines between readings."
     up = (y[..., :-1] < level) & (y[..., 1:] >= level)
-    i, any_up = up.argmax(-1), up.any(-1)
-    at = lambda k: np.take_along_axis(y, k[..., None], -1)[..., 0]
-    y1, y2, de = at(i), at(i + 1), energy[i + 1] - energy[i]
+    i, any_up = up.argmax(-1)[..., None], up.any(-1)
+    near = np.clip(i + np.arange(-2, 4), 0, energy.size - 1)
+    e6, y6 = energy[near], np.take_along_axis(y, near, -1)
     with np.errstate(all="ignore"):
-        e = energy[i] + (level - y1)/(y2 - y1)*de
-        return np.where(any_up, e, np.nan), np.where(any_up, de*np.hypot(y2 - level, level - y1)/(y2 - y1)**2, np.nan)
+        f = ((level - np.take_along_axis(y, i, -1))/(np.take_along_axis(y, i + 1, -1) - np.take_along_axis(y, i, -1)))[..., 0]
+        e = energy[i[..., 0]]*(1 - f) + energy[i[..., 0] + 1]*f
+        centered = e6 - e6.mean(-1, keepdims=True)
+        slope = (centered*y6).sum(-1)/(centered**2).sum(-1)
+        error = np.where(slope > 0, np.hypot(f, 1 - f)/slope, np.nan)
+    return np.where(any_up, e, np.nan), np.where(any_up, error, np.nan)
 
 # %% ../../nbs/campaign/32_absorption.ipynb #a1face65
 def edge_position(

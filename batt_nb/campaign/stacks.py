@@ -57,7 +57,7 @@ class Frames:
 
     def __dask_tokenize__(self): # what names the blocks in a dask graph
         from dask.base import normalize_token
-        return normalize_token([type(self).__name__, *map(str, vars(self).values())])
+        return normalize_token([type(self).__name__, *(v if isinstance(v, np.ndarray) else str(v) for v in vars(self).values())])
 
     def __getitem__(self, key):
         first, *rest = key if isinstance(key, tuple) else (key,)

@@ -268,7 +268,8 @@ def _add_content(ds, cell):
     q = ds["capacity"].values - ds["capacity"].values[0]
     sigma = np.full(q.size, np.nan) if unknown else content_sigma(q, per_x, mass=cell.active_mass_sigma_mg/cell.active_mass_mg,
         start=cell.starting_composition_sigma, current=_accuracy(cell))
-    ds = ds.assign(lithium_content=("time", cell.starting_composition - q/per_x), lithium_content_sigma=("time", sigma))
+    scale = {"charge_per_x": per_x} | ({} if unknown else {"mass_sigma": cell.active_mass_sigma_mg/cell.active_mass_mg}) # Ah, and relative
+    ds = ds.assign(lithium_content=("time", cell.starting_composition - q/per_x, scale), lithium_content_sigma=("time", sigma))
     return flag(ds, f"the uncertainty of the lithium content is unknown: {unknown}") if unknown else ds
 
 def _accuracy(cell):

@@ -1,0 +1,4 @@
+"""python -m batt_nb: the command line."""
+from batt_nb.cli import app
+
+app()
