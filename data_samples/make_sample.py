@@ -153,7 +153,7 @@ def write_nmr(folder, rng, times, x, start, exposure):
         lines = ((1.0, 0.0, 8.0), (0.10 + 0.30*(1 - xi), 265.0, 22.0), (6.0*xi, 180 + 360*xi, 190.0))  # area, ppm, full width in ppm
         fid = sum(a*np.exp((2j*np.pi*p - np.pi*w)*mhz*t) for a, p, w in lines)*1e5 + 900*(rng.standard_normal(t.size) + 1j*rng.standard_normal(t.size))
         raw = np.round(np.concatenate([np.zeros(delay), fid])).astype("complex128").view("f8").astype("<i4")
-        (folder/str(n)).mkdir()
+        (folder/str(n)/"pdata"/"1").mkdir(parents=True)
         (folder/str(n)/"fid").write_bytes(raw.tobytes())
         begin = (start + timedelta(seconds=float(at))).replace(tzinfo=ZONE).astimezone(timezone.utc)
         end = begin + timedelta(seconds=exposure)
@@ -161,6 +161,7 @@ def write_nmr(folder, rng, times, x, start, exposure):
                  "PARMODE": 0, "PULPROG": "<zg>", "RG": 101, "SFO1": mhz, "SW": width/mhz, "SW_h": width, "TD": 2*points, "TE": 298}
         (folder/str(n)/"acqus").write_bytes(("##TITLE= Parameter file, simulated\n##JCAMPDX= 5.0\n##DATATYPE= Parameter Values\n##ORIGIN= simulated\n##OWNER= batt_nb\n"
             f"$$ {end:%Y-%m-%d %H:%M:%S}.000 +0000  simulated\n" + "".join(f"##${k}= {v}\n" for k, v in pairs.items()) + "##END=\n").encode())
+        (folder/str(n)/"pdata"/"1"/"procs").write_bytes(f"##TITLE= Processing parameters, simulated\n##JCAMPDX= 5.0\n##DATATYPE= Parameter Values\n##ORIGIN= simulated\n##OWNER= batt_nb\n##$SF= {mhz}\n##$SI= 1024\n##$SW_p= {width}\n##END=\n".encode())
         (folder/str(n)/"audita.txt").write_bytes(("##TITLE= Audit trail, simulated\n##JCAMPDX= 5.01\n##ORIGIN= simulated\n##OWNER= batt_nb\n##AUDIT TRAIL=  $$ (NUMBER, WHEN, WHO, WHERE, PROCESS, VERSION, WHAT)\n"
             f"(   1,<{end:%Y-%m-%d %H:%M:%S}.000 +0000>,<batt_nb>,<simulated>,<go>,<simulated>,\n      <created by zg\n\tstarted at {begin:%Y-%m-%d %H:%M:%S}.000 +0000>)\n##END=\n").encode())
 

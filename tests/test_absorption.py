@@ -133,7 +133,7 @@ def test_operando_header(lno):
     assert (lno.normalized, lno.foil_aligned) == (1, 1)
     assert (round(float(lno.eshift.min()), 2), round(float(lno.eshift.max()), 2)) == (-0.60, 0.18)
     assert set(lno.header_e0.values) == {8332.88} and set(lno.header_e0_pivot.values) == {8349.6}
-    assert len(flags(lno)) == 2 and any("gaps" in f for f in flags(lno))
+    assert len(flags(lno)) == 2 and any("1 gap is longer" in f for f in flags(lno))
     assert {"foil", "foil_derivative", "i0"} <= set(lno.data_vars) and "record" not in lno.coords
 
 
@@ -156,6 +156,7 @@ def test_athena_keeps_every_record():
         one = ds.mu.isel(frame=i).dropna("energy")
         np.testing.assert_array_equal(one.energy, arrays["x"]); np.testing.assert_array_equal(one, arrays["y"])
         assert float(ds.eshift[i]) == float(args["bkg_eshift"])
+    assert set(read_athena(XAS/"athena"/"cyanobacteria.prj").channel.values) == {"sample"}
     common = read_athena(path, grid="common")
     assert bool(common.mu.notnull().all()) and any("interpolated" in f for f in flags(common))
 
@@ -269,7 +270,7 @@ def test_wrong_ending_does_not_matter(tmp_path):
 def test_units(e, unit, first): assert energy_in_ev(np.array(e), unit)[0][0] == pytest.approx(first)
 
 
-@pytest.mark.parametrize("e, unit", [([55., 60, 65], ""), ([2., 6, 12], ""), ([-20., 0, 80], ""), ([0., 10, 20], ""), ([1.5, 1.6, 1.7], "nm"), ([np.nan]*3, "")])
+@pytest.mark.parametrize("e, unit", [([55., 60, 65], ""), ([2., 6, 12], ""), ([-20., 0, 80], ""), ([0., 10, 20], ""), ([1.5, 1.6, 1.7], "nm"), ([1.7e9, 1.71e9], ""), ([300., 400], "keV"), ([np.nan]*3, "")])
 def test_unclear_units_are_refused(e, unit):
     with pytest.raises(BattError) as error: energy_in_ev(np.array(e), unit)
     assert error.value.mend
@@ -344,6 +345,27 @@ def test_spec_without_spectra(tmp_path):
     with pytest.raises(BattError, match="no scan holds a spectrum"): read_spec(path)
     (tmp_path/"b.dat").write_text(path.read_text().replace("#L x  det", "#L Energy  mu").replace("1 2\n2 3", "8300 1\n8301 2\n8302 3"))
     assert read(tmp_path/"b.dat").attrs["format"] == "SPEC" and read(tmp_path/"b.dat").mu.values.tolist() == [1, 2, 3]
+
+
+def test_unknown_columns_are_not_guessed(tmp_path):
+    path = write(tmp_path, "a.xdi", "# XDI/1.0\n# Column.1: energy eV\n# Column.2: mcs1\n# Column.3: mcs2\n#--\n8300 1 2\n8301 2 3\n8302 3 4\n")
+    with pytest.raises(BattError, match="no absorption can be formed"): read(path)
+    assert read(path, columns={"energy": "energy", "i0": "mcs1", "ifluor": "mcs2"}).mu.values.tolist() == [2, 1.5, pytest.approx(4/3)]
+    with pytest.raises(BattError, match="there is no role 'mcs'"): read(path, columns={"mcs": 2})
+
+
+def test_sniffing_reads_only_the_beginning(tmp_path):
+    path = write(tmp_path, "long.csv", "time/s,Ewe/V\n" + "".join(f"{1.7e9 + k},3.7\n" for k in range(20000)))
+    assert not any(f.sniff(path, path.read_bytes()[:4096]) for f in READER.formats)
+    path = write(tmp_path, "fine.dat", "# energy mu\n" + "".join(f"{8300 + k/100:.2f} 0.{k:06d}\n" for k in range(20000)))
+    assert read(path).sizes["energy"] == 20000
+
+
+def test_stack_becomes_a_series(tmp_path):
+    write(tmp_path, "a.hdr", read_header() + ' Time = "2007 December 14 18:52:00";\n')
+    for k in range(3): write(tmp_path, f"a_a00{k}.xim", f"{100 - k}\t90\t\n80\t70\t\n")
+    ds = combine([read(tmp_path/"a.hdr")])
+    assert ds.itrans.dims == ("time", "energy", "y", "x") and ds.time.values.tolist() == [0] and ds.attrs["format"] == "ALS STXM stack"
 
 
 # ----------------------------------------------------------------------------------------------------------------- properties

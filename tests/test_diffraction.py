@@ -276,7 +276,7 @@ def make_map(path, shape=(3, 4), n=50, **units):
     with h5py.File(path, "w") as f:
         f["entry/I"] = rng.poisson(100, (*shape, n)).astype("float32")
         f["entry/tth"] = np.linspace(5, 10, n); f["entry/tth"].attrs["units"] = "deg"
-        for k, length in zip("yx", shape):
+        for k, length in zip("yx", shape, strict=True):
             f[f"entry/{k}"] = 0.1*np.arange(length)
             f[f"entry/{k}"].attrs["units"] = "mm"
     return {"intensity": "/entry/I", "two_theta": "/entry/tth", "y": "/entry/y", "x": "/entry/x"}
@@ -400,3 +400,56 @@ def test_formats_are_found_by_content_only(tmp_path):
     file = write(tmp_path/"a.unknown", "5.0 100\n5.1 101\n5.2 102\n")
     technique, fmt = find_format(file, "xrd")
     assert technique == "xrd" and fmt.generic and len({f.name for f in FORMATS}) == len(FORMATS)
+
+
+XRDML = """<?xml version="1.0"?><xrdMeasurements xmlns="http://www.xrdml.com/XRDMeasurement/2.1"><xrdMeasurement><usedWavelength intended="K-Alpha"><kAlpha1>1.540598</kAlpha1></usedWavelength>{}</xrdMeasurement></xrdMeasurements>"""
+XRDML_SCAN = """<scan status="{status}"><header><startTimeStamp>2024-03-08T{start}</startTimeStamp><endTimeStamp>2024-03-08T{end}</endTimeStamp></header><dataPoints><positions axis="2Theta"><startPosition>10</startPosition>
+<endPosition>12</endPosition></positions><commonCountingTime>60</commonCountingTime>{factors}<{tag}>{values}</{tag}></dataPoints></scan>"""
+
+
+def xrdml(path, *scans, **more):
+    fill = {"status": "Completed", "factors": "", "tag": "counts", "values": "100 400 900"} | more
+    return write(path, XRDML.format("".join(XRDML_SCAN.format(start=s, end=e, **fill) for s, e in scans)))
+
+
+def test_files_of_several_scans_join_one_time_axis(tmp_path):
+    several = xrdml(tmp_path/"b.xrdml", ("11:10:00-06:00", "11:15:00-06:00"), ("11:20:00-06:00", "11:24:00-06:00"))
+    single = xrdml(tmp_path/"a.xrdml", ("18:00:00+01:00", "18:05:00+01:00"))  # 11:00 in the other's zone
+    ds = read(tmp_path, technique="xrd")
+    assert [s.rsplit("::", 1)[-1] for s in ds.source.values] == ["a.xrdml", "b.xrdml", "b.xrdml"]
+    np.testing.assert_allclose(ds.time, [0, 600, 1200]); np.testing.assert_allclose(ds.exposure, [300, 300, 240])
+    assert ds.start_time == "2024-03-08T18:00:00+01:00" and several.is_file() and single.is_file()
+    assert ds.wavelength == 1.540598 and ds.counting_time_s == 60
+
+
+@pytest.mark.parametrize("tag, stored", [("counts", "100 100 100"), ("intensities", "100 100 1000")])
+def test_attenuation_is_applied_once(tag, stored, tmp_path):
+    ds = read(xrdml(tmp_path/"a.xrdml", ("11:10:00Z", "11:15:00Z"), tag=tag, values=stored, factors="<beamAttenuationFactors>1 1 10</beamAttenuationFactors>"), technique="xrd")
+    np.testing.assert_allclose(ds.intensity, [100, 100, 1000]); np.testing.assert_allclose(ds.intensity_sigma, [10, 10, 100])
+    assert "1 of 3 points (factor up to 10)" in flags(ds)[0]
+
+
+def test_aborted_scan_and_other_axes(tmp_path):
+    ds = read(xrdml(tmp_path/"a.xrdml", ("11:10:00Z", "11:15:00Z"), status="Aborted"), technique="xrd")
+    assert "status is Aborted" in flags(ds)[0]
+    text = (tmp_path/"a.xrdml").read_text().replace('axis="2Theta"', 'axis="Omega"')
+    with pytest.raises(BattError, match="no 2Theta axis, only Omega"): read(write(tmp_path/"b.xrdml", text), technique="xrd")
+    text = (tmp_path/"a.xrdml").read_text().replace("400", "4o0")
+    with pytest.raises(BattError, match="cannot be read"): read(write(tmp_path/"c.xrdml", text), technique="xrd")
+
+
+def test_frames_of_one_file_have_no_times(tmp_path):
+    write_poni(tmp_path/"g.poni", GEOMETRY, (256, 256))
+    with h5py.File(tmp_path/"s.h5", "w") as f: f["d"] = poisson_frames(3)
+    ds = read(tmp_path/"s.h5", technique="xrd", poni="g.poni", paths={"frames": "/d"})
+    assert list(ds.frame.values) == [0, 1, 2] and "time" not in ds.coords
+    both = combine([ds.assign_attrs(source="a"), ds.assign_attrs(source="b")])
+    assert list(both.source.values) == ["a"]*3 + ["b"]*3 and "scatter around the ring" in both.sigma_source
+
+
+def test_missing_sigmas_are_nan_not_invented(tmp_path):
+    a = read(write(tmp_path/"a.xy", "5.0 100\n5.1 101\n"), technique="xrd")
+    b = read(write(tmp_path/"b.xye", "5.0 100 3\n5.1 101 4\n"), technique="xrd")
+    ds = combine([a, b])
+    assert np.isnan(ds.intensity_sigma[0]).all() and list(ds.intensity_sigma[1].values) == [3, 4]
+    with pytest.raises(BattError, match="1 of 2 patterns do not say their wavelength"): combine([a.assign_attrs(wavelength=0.5), b])

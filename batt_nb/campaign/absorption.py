@@ -6,7 +6,7 @@
 __all__ = ['ROLES', 'FORMATS', 'READER', 'energy_in_ev', 'mend_energy', 'split_unit', 'assign_roles', 'absorption', 'read_text',
            'numbers', 'table', 'spectrum', 'xdi_header', 'iso_time', 'read_xdi', 'read_columns', 'is_columns',
            'read_extranormal', 'on_one_grid', 'stack_records', 'perl_list', 'project_text', 'project_records',
-           'read_athena', 'pick_record', 'is_spec', 'asctime', 'read_spec', 'groups_with_spectra', 'is_hdf5_spectrum',
+           'pick_record', 'read_athena', 'is_spec', 'asctime', 'read_spec', 'groups_with_spectra', 'is_hdf5_spectrum',
            'LazyH5', 'h5_array', 'spectral_axes', 'read_hdf5', 'names_to_coords', 'time_remarks', 'combine',
            'reading_noise', 'crossing', 'edge_position']
 
@@ -14,6 +14,7 @@ __all__ = ['ROLES', 'FORMATS', 'READER', 'energy_in_ev', 'mend_energy', 'split_u
 import gzip
 import json
 import re
+import zlib
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -36,12 +37,26 @@ def energy_in_ev(
     said = unit.strip().lower()
     if said not in ("", "ev", "kev"): raise BattError(f"the energy is in {unit!r}", file=file, key="units", mend="give energies in eV or keV, or the hint units")
     if low <= 0: raise BattError(f"the energy axis starts at {low:g}: not a photon energy", file=file, key="energy", mend="name the energy column: columns = {energy = ..., mu = ...}; energies must be absolute, not relative to an edge")
+    if high*(1000 if said == "kev" else 1) > 2e5: raise BattError(f"the energy axis reaches {high:g}: beyond the absorption edges of all elements", file=file, key="energy", mend="name the energy column: columns = {energy = ..., mu = ...}")
     if said == "ev" or not said and low >= 120: return e, ""
     if said == "kev": return e*1000, "energies were in keV"
     if high <= 40 and high/low < 2: return e*1000, f"the file gives no unit of energy: {low:g} to {high:g} is taken as keV"
     raise BattError(f"the file gives no unit of energy, and {low:g} to {high:g} could be eV or keV, or no photon energy", file=file, key="units", mend="give the hint units = 'eV' or 'keV', or name the energy column")
 
 # %% ../../nbs/campaign/32_absorption.ipynb #7c5ee494
+def _average_repeats(ds, near):
+    "One point for each run of equal energies."
+    step = np.diff(ds.energy.values)
+    near = min(near, 0.1*float(np.median(step[step > 0], axis=0))) if (step > 0).any() else near
+    run = np.concatenate([[0], np.cumsum(step > near)])
+    if run[-1] + 1 == run.size: return ds
+    energy, attrs = np.bincount(run, ds.energy.values)/np.bincount(run), ds.attrs
+    along = [v for v in ds.data_vars if "energy" in ds[v].dims]
+    mean = ds[along].drop_vars("energy").assign_coords(run=("energy", run)).groupby("run").mean(keep_attrs=True)
+    ds = ds.drop_dims("energy").merge(mean.rename(run="energy").assign_coords(energy=energy).transpose(..., *ds[along[0]].dims)).assign_attrs(attrs)
+    return flag(ds, f"{run.size - energy.size} of {run.size} readings repeat an energy: they are averaged with it")
+
+# %% ../../nbs/campaign/32_absorption.ipynb #c77890de
 def mend_energy(
     ds:xr.Dataset, # spectra with the dimension `energy` (eV)
     file=None, # named in errors
@@ -58,21 +73,9 @@ def mend_energy(
     elif (step < 0).any(): ds = flag(ds.sortby("energy"), f"{int((step < 0).sum())} of {step.size} energy steps run backward: the points were sorted")
     return _average_repeats(ds, near)
 
-def _average_repeats(ds, near):
-    "One point for each run of equal energies."
-    step = np.diff(ds.energy.values)
-    near = min(near, 0.1*float(np.median(step[step > 0], axis=0))) if (step > 0).any() else near
-    run = np.concatenate([[0], np.cumsum(step > near)])
-    if run[-1] + 1 == run.size: return ds
-    energy, attrs = np.bincount(run, ds.energy.values)/np.bincount(run), ds.attrs
-    along = [v for v in ds.data_vars if "energy" in ds[v].dims]
-    mean = ds[along].drop_vars("energy").assign_coords(run=("energy", run)).groupby("run").mean(keep_attrs=True)
-    ds = ds.drop_dims("energy").merge(mean.rename(run="energy").assign_coords(energy=energy).transpose(..., *ds[along[0]].dims)).assign_attrs(attrs)
-    return flag(ds, f"{run.size - energy.size} of {run.size} readings repeat an energy: they are averaged with it")
-
 # %% ../../nbs/campaign/32_absorption.ipynb #bd61ef3f
 ROLES = {
-    "energy": "energy e ev hv photon_energy monoe mono_energy energy_ev energy_kev encoder_energy",
+    "energy": "energy e ev kev hv photon_energy monoe mono_energy energy_ev energy_kev encoder_energy",
     "norm": "norm munorm mu_norm normalized normalised norm_mu flat xnorm",
     "mu": "mu xmu mutrans mufluor mu_trans mu_fluo absorption absorbance od optical_density abs",
     "i0": "i0 io mon monitor incoming_beam", "itrans": "itrans it i1 trans transmission absorbed_beam",
@@ -81,6 +84,7 @@ ROLES = {
 }
 _ROLE_OF = {name: role for role, names in ROLES.items() for name in names.split()}
 
+# %% ../../nbs/campaign/32_absorption.ipynb #202b9460
 def split_unit(
     name:str, # a column's title
 )->tuple[str, str]: # its plain name in lower case, and eV or keV where the title says so
@@ -137,6 +141,7 @@ def read_text(
     try: return raw.decode("utf-8-sig")
     except UnicodeDecodeError: return raw.decode("cp1252", errors="replace")
 
+# %% ../../nbs/campaign/32_absorption.ipynb #d7f171e0
 def numbers(
     line:str, # a line of text
 )->list[float]|None: # its numbers, NaN for an empty cell; None where it holds words
@@ -145,17 +150,27 @@ def numbers(
     comma = "," in line and "." not in line and all(line[i - 1:i].isdigit() and line[i + 1:i + 2].isdigit() for i, ch in enumerate(line) if ch == ",")
     if comma and re.search(r"[;\t ]", line): line = line.replace(",", ".")
     cut = ";" if ";" in line else "," if "," in line else None
-    if cut: line = line.rstrip(cut)
-    try: return [float(cell) if cell.strip() else np.nan for cell in line.split(cut)] or None
+    try: return [float(cell) if cell.strip() else np.nan for cell in line.rstrip(cut).split(cut)] if cut else [float(cell) for cell in line.split()] or None
     except ValueError: return None
 
 # %% ../../nbs/campaign/32_absorption.ipynb #8d7f2ab4
+def _titles(header, n):
+    "The columns' titles, where the header's last line has as many words as there are columns."
+    line = header[-1].lstrip("#%!* \t").strip() if header else ""
+    if re.match(r"[^\t,]*:\s", line): return []
+    for cut in ("\t", ",", ";", r"\s{2,}", r"\s+"):
+        words = [w.strip().strip('"\'') for w in re.split(cut, line)]
+        if len(words) == n and any(re.search("[A-Za-z]", w) for w in words): return words
+    return []
+
+# %% ../../nbs/campaign/32_absorption.ipynb #5c1ffb29
 def table(
     path, # a text file that ends in rows of numbers
+    text:str|None=None, # its text, where it has been read already
 )->tuple[list, list, np.ndarray]: # header lines, titles of the columns ([] where there are none), numbers (row, column)
     "Take a column file apart, and refuse one that is cut."
     header, rows, file = [], [], Path(path).name
-    for n, line in enumerate(read_text(path).splitlines(), 1):
+    for n, line in enumerate((text or read_text(path)).splitlines(), 1):
         if not line.strip(): continue
         row = None if line.lstrip()[0] in "#%!*" else numbers(line)
         if row is None:
@@ -167,15 +182,6 @@ def table(
     if not rows: raise BattError("the file holds no rows of numbers", file=file, mend="check that it is a spectrum")
     if len(rows[0]) < 2: raise BattError("the file holds one column: a list of energies, not a spectrum", file=file, mend="leave it out, or give the file that holds the absorption too")
     return header, _titles(header, len(rows[0])), np.array(rows)
-
-def _titles(header, n):
-    "The columns' titles, where the header's last line has as many words as there are columns."
-    line = header[-1].lstrip("#%!* \t").strip() if header else ""
-    if re.match(r"[^\t,]*:\s", line): return []
-    for cut in ("\t", ",", ";", r"\s{2,}", r"\s+"):
-        words = [w.strip().strip('"\'') for w in re.split(cut, line)]
-        if len(words) == n and any(re.search("[A-Za-z]", w) for w in words): return words
-    return []
 
 # %% ../../nbs/campaign/32_absorption.ipynb #4dcc79f2
 def spectrum(
@@ -205,6 +211,7 @@ def xdi_header(
         if m := re.match(r"#\s*([\w]+\.[\w]+):\s*(.*)", line): fields.setdefault(m[1].lower(), m[2].split("||")[0].strip())
     return fields
 
+# %% ../../nbs/campaign/32_absorption.ipynb #a77a68a0
 def iso_time(
     text:str, # a date and time as files write it
 )->str: # ISO 8601, or "" where it is no instant
@@ -213,6 +220,38 @@ def iso_time(
     except ValueError: return ""
 
 # %% ../../nbs/campaign/32_absorption.ipynb #20b8f627
+def _xdi_facts(fields):
+    "What an XDI header says of sample and measurement, as attributes."
+    facts = {a: fields[k] for a, k in (("element", "element.symbol"), ("edge", "element.edge"), ("sample", "sample.name"), ("beamline", "beamline.name"), ("facility", "facility.name")) if fields.get(k)}
+    start = iso_time(fields.get("scan.start_time", ""))
+    return facts | ({"start_time": start} if start else {}) | {"header": json.dumps(fields, ensure_ascii=False)}
+
+def _scan_length(fields):
+    "Seconds from start to end of the scan, where the header gives both."
+    start, end = (iso_time(fields.get(f"scan.{k}_time", "")) for k in ("start", "end"))
+    if not (start and end): return {}
+    return {"exposure": (datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds()}
+
+# %% ../../nbs/campaign/32_absorption.ipynb #15a1ed2e
+def _from_angle(names, rows, fields, file):
+    "Replace a Bragg angle (degrees) by the energy (eV)."
+    if "angle" not in names or "mono.d_spacing" not in fields: raise BattError(f"the XDI header names no energy column: {', '.join(names)}", file=file, key="Column.N", mend="give the hint columns = {energy = ..., mu = ...}")
+    i = names.index("angle")
+    energy = 12398.419843/(2*float(fields["mono.d_spacing"])*np.sin(np.radians(rows[:, i])))
+    return [*names[:i], "energy", *names[i + 1:]], np.column_stack([rows[:, :i], energy, rows[:, i + 1:]]), "eV"
+
+# %% ../../nbs/campaign/32_absorption.ipynb #87315360
+def _library(names, rows, unit, fields, units, file):
+    "Every column but the energy a spectrum of its own."
+    i = assign_roles(names)["energy"]
+    e, remark = energy_in_ev(rows[:, i], units or unit, file)
+    normalized = "normali" in fields.get("demeter.output_filetype", "").lower()
+    others = [j for j in range(rows.shape[1]) if j != i]
+    ds = xr.Dataset({"norm" if normalized else "mu": (("frame", "energy"), rows[:, others].T)}, {"energy": e, "frame": np.arange(len(others)), "record": ("frame", [names[j] for j in others])})
+    ds = flag(ds, *([remark] if remark else []), f"a library: each of the {len(others)} columns is a spectrum of its own")
+    return label(mend_energy(ds.assign_attrs(mu_rule="normalized absorption, as the file gives it" if normalized else "absorption, as the file gives it"), file))
+
+# %% ../../nbs/campaign/32_absorption.ipynb #12270e02
 def read_xdi(
     path, # an XDI file
     columns:dict|None=None, # role -> title or number, overrides the header's names
@@ -226,39 +265,9 @@ def read_xdi(
     given = [fields.get(f"column.{i + 1}", f"column_{i + 1}").split() or [f"column_{i + 1}"] for i in range(rows.shape[1])]
     names, unit = [w[0] for w in given], next((w[1] for w in given if w[0].lower() == "energy" and len(w) > 1), "")
     if "energy" not in assign_roles(names) and not columns: names, rows, unit = _from_angle(names, rows, fields, file)
-    known = set(assign_roles(names, columns, file)) - {"energy", "i0"}
-    ds = _library(names, rows, unit, fields, units, file) if not known and rows.shape[1] > 1 and not mode else spectrum(names, rows, file, unit, columns, units, mode)
+    library = "multicolumn" in fields.get("demeter.output_filetype", "") and not columns
+    ds = _library(names, rows, unit, fields, units, file) if library else spectrum(names, rows, file, unit, columns, units, mode)
     return ds.assign_attrs(_xdi_facts(fields) | {"source": file}).assign_coords(_scan_length(fields))
-
-def _from_angle(names, rows, fields, file):
-    "Replace a Bragg angle (degrees) by the energy (eV)."
-    if "angle" not in names or "mono.d_spacing" not in fields: raise BattError(f"the XDI header names no energy column: {', '.join(names)}", file=file, key="Column.N", mend="give the hint columns = {energy = ..., mu = ...}")
-    i = names.index("angle")
-    energy = 12398.419843/(2*float(fields["mono.d_spacing"])*np.sin(np.radians(rows[:, i])))
-    return [*names[:i], "energy", *names[i + 1:]], np.column_stack([rows[:, :i], energy, rows[:, i + 1:]]), "eV"
-
-# %% ../../nbs/campaign/32_absorption.ipynb #2722685c
-def _library(names, rows, unit, fields, units, file):
-    "Every column but the energy a spectrum of its own."
-    i = assign_roles(names)["energy"]
-    e, remark = energy_in_ev(rows[:, i], units or unit, file)
-    normalized = "normali" in fields.get("demeter.output_filetype", "").lower()
-    others = [j for j in range(rows.shape[1]) if j != i]
-    ds = xr.Dataset({"norm" if normalized else "mu": (("frame", "energy"), rows[:, others].T)}, {"energy": e, "frame": np.arange(len(others)), "record": ("frame", [names[j] for j in others])})
-    ds = flag(ds, *([remark] if remark else []), f"no column is named as an absorption: each of the {len(others)} is taken as a spectrum of its own")
-    return label(mend_energy(ds.assign_attrs(mu_rule="normalized absorption, as the file gives it" if normalized else "absorption, as the file gives it"), file))
-
-def _xdi_facts(fields):
-    "What an XDI header says of sample and measurement, as attributes."
-    facts = {a: fields[k] for a, k in (("element", "element.symbol"), ("edge", "element.edge"), ("sample", "sample.name"), ("beamline", "beamline.name"), ("facility", "facility.name")) if fields.get(k)}
-    start = iso_time(fields.get("scan.start_time", ""))
-    return facts | ({"start_time": start} if start else {}) | {"header": json.dumps(fields, ensure_ascii=False)}
-
-def _scan_length(fields):
-    "Seconds from start to end of the scan, where the header gives both."
-    start, end = (iso_time(fields.get(f"scan.{k}_time", "")) for k in ("start", "end"))
-    if not (start and end): return {}
-    return {"exposure": (datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds()}
 
 # %% ../../nbs/campaign/32_absorption.ipynb #d44d4abf
 def read_columns(
@@ -278,16 +287,19 @@ def read_columns(
     notes = "\n".join(line.lstrip("#%!* ") for line in header)
     return (flag(ds, remark) if remark else ds).assign_attrs({"source": file} | ({"header": json.dumps(notes, ensure_ascii=False)} if notes else {}))
 
+# %% ../../nbs/campaign/32_absorption.ipynb #16353451
 def is_columns(
     path, # a text file
     head:bytes, # its first bytes
 )->bool:
     "Whether a text file may be a spectrum: a column named energy, or a first column that can only be photon energies."
     if not head or b"\0" in head: return False
+    with open(path, "rb") as f: start = f.read(65536)
+    if len(start) == 65536: start = start[:start.rfind(b"\n") + 1]  # the beginning is enough, and a last line may be cut
     try:
-        _, names, rows = table(path)
-        e = rows[:, assign_roles(names).get("energy", 0)]
-        e, _ = energy_in_ev(e, split_unit(names[assign_roles(names)["energy"]])[1] if "energy" in assign_roles(names) else "")
+        _, names, rows = table(path, start.decode("utf-8", errors="replace"))
+        i = assign_roles(names).get("energy", 0)
+        e, _ = energy_in_ev(rows[:, i], split_unit(names[i])[1] if names else "")
     except BattError: return False
     return len(e) >= 3 and np.nanmax(e)/np.nanmin(e) < 4 and float((np.diff(e) >= 0).mean()) > 0.9
 
@@ -296,6 +308,7 @@ _EXTRANORMAL = {"exposure": r"Time from start \(seconds\)\s*=\s*(\S+)", "eshift"
                 "header_e0_pivot": r"E0_pivot = (\S+)", "header_edge_step": r"I jump at E0_pivot = (\S+)", "header_temperature": r"Sample temperature \(C\)\s*=\s*(\S+)"}
 _ROCK_UNITS = {"exposure": "s", "eshift": "eV", "header_e0": "eV", "header_e0_pivot": "eV", "header_edge_step": "1", "header_temperature": "degC"}
 
+# %% ../../nbs/campaign/32_absorption.ipynb #37efa247
 def read_extranormal(
     path, # a text file of extranormal
     **hints, # those of other formats
@@ -337,6 +350,33 @@ def on_one_grid(
     energy = xr.DataArray(np.unique(np.concatenate([p.energy.values for p in parts])), dims="energy", name="energy")
     return [p.reindex(energy=energy) for p in parts], f"{kinds} different energy grids: given on all their energies, missing where a record has no reading (hint grid = 'common' interpolates)"
 
+# %% ../../nbs/campaign/32_absorption.ipynb #e0837340
+_OWN = ("flags", "history", "start_time", "source", "header") # carried apart
+_PER_FRAME = ("eshift", "channel", "record") # along the frames even where all agree
+
+def _lift(ds, parts, dim, sizes):
+    "Attributes and scalar coordinates of the parts: shared ones stay attributes, others go along `dim`."
+    spread = lambda values: np.repeat(values, sizes)
+    for k in dict.fromkeys(k for p in parts for k in p.attrs if k not in _OWN):
+        values = [p.attrs.get(k) for p in parts]
+        if k not in _PER_FRAME and all(type(v) is type(values[0]) and v == values[0] for v in values): ds.attrs[k] = values[0]
+        elif all(isinstance(v, (int, float, type(None))) for v in values): ds = ds.assign_coords({k: (dim, spread([np.nan if v is None else float(v) for v in values]))})
+        else: ds = ds.assign_coords({k: (dim, spread(["" if v is None else str(v) for v in values]))})
+    for k in dict.fromkeys(k for p in parts for k, c in p.coords.items() if c.ndim == 0):
+        first = next(p[k] for p in parts if k in p.coords)
+        values = [float(p[k]) if k in p.coords else np.nan for p in parts]
+        ds = ds.assign_coords({k: (dim, spread(values), first.attrs)})
+    return ds
+
+# %% ../../nbs/campaign/32_absorption.ipynb #fc96d94c
+def _gather_flags(parts):
+    "The parts' remarks, each kind once, with the number of parts that make it."
+    seen = {}
+    for p in parts:
+        for f in flags(p): seen.setdefault(re.sub(r"\d[\d.]*", "#", f), []).append((f, p.attrs.get("source", "")))
+    say = lambda found: found[0][0] if len(found) == len(parts) and len({f for f, _ in found}) == 1 else f"{len(found)} of {len(parts)} spectra, first {found[0][1] or 'unnamed'}: {found[0][0]}"
+    return [say(found) for found in seen.values()]
+
 # %% ../../nbs/campaign/32_absorption.ipynb #67fabd84
 def stack_records(
     records:list[xr.Dataset], # one Dataset a record, with attributes that may differ
@@ -353,31 +393,6 @@ def stack_records(
     ds = xr.concat([p.drop_attrs(deep=False)[keep] for p in parts], "frame", coords="minimal", compat="override").assign_coords(frame=np.arange(len(parts)), record=("frame", names))
     ds = _lift(ds, records, "frame", [1]*len(records))
     return label(flag(ds, *_gather_flags(records), *([remark] if remark else [])))
-
-# %% ../../nbs/campaign/32_absorption.ipynb #e0837340
-_OWN = ("flags", "history", "start_time", "source", "header", "format")
-
-def _lift(ds, parts, dim, sizes):
-    "Attributes and scalar coordinates of the parts: shared ones stay attributes, others go along `dim`."
-    spread = lambda values: np.repeat(values, sizes)
-    for k in dict.fromkeys(k for p in parts for k in p.attrs if k not in _OWN):
-        values = [p.attrs.get(k) for p in parts]
-        if all(type(v) is type(values[0]) and v == values[0] for v in values): ds.attrs[k] = values[0]
-        elif all(isinstance(v, (int, float, type(None))) for v in values): ds = ds.assign_coords({k: (dim, spread([np.nan if v is None else float(v) for v in values]))})
-        else: ds = ds.assign_coords({k: (dim, spread(["" if v is None else str(v) for v in values]))})
-    for k in dict.fromkeys(k for p in parts for k, c in p.coords.items() if c.ndim == 0):
-        first = next(p[k] for p in parts if k in p.coords)
-        values = [float(p[k]) if k in p.coords else np.nan for p in parts]
-        ds = ds.assign_coords({k: (dim, spread(values), first.attrs)})
-    return ds
-
-def _gather_flags(parts):
-    "The parts' remarks, each kind once, with the number of parts that make it."
-    seen = {}
-    for p in parts:
-        for f in flags(p): seen.setdefault(re.sub(r"\d[\d.]*", "#", f), []).append((f, p.attrs.get("source", "")))
-    say = lambda found: found[0][0] if len(found) == len(parts) and len({f for f, _ in found}) == 1 else f"{len(found)} of {len(parts)} spectra, first {found[0][1] or 'unnamed'}: {found[0][0]}"
-    return [say(found) for found in seen.values()]
 
 # %% ../../nbs/campaign/32_absorption.ipynb #6a9ef4eb
 _PERL = re.compile(r"\s*(?:'((?:[^'\\]|\\.)*)'|(-?[\w.+-]+)|(=>|[\[\]{}(),]))")
@@ -407,11 +422,9 @@ def project_text(
     raw, file = Path(path).read_bytes(), Path(path).name
     if not raw: raise BattError("the file is empty", file=file, mend="copy it again")
     try: return (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8", errors="replace")
-    except (EOFError, gzip.BadGzipFile, OSError, ValueError) as e: raise BattError(f"the project is cut or damaged ({e})", file=file, mend="copy it again from where it was saved") from e
-    except Exception as e:
-        if type(e).__module__ != "zlib": raise
-        raise BattError(f"the project is cut or damaged ({e})", file=file, mend="copy it again from where it was saved") from e
+    except (EOFError, OSError, zlib.error) as e: raise BattError(f"the project is cut or damaged ({e})", file=file, mend="copy it again from where it was saved") from e
 
+# %% ../../nbs/campaign/32_absorption.ipynb #a10b5c72
 def project_records(
     path, # an Athena project
 )->list[tuple[dict, dict]]: # (parameters, arrays) of each record, in the file's order
@@ -442,7 +455,19 @@ def _athena_record(args, arrays, file):
                 "channel": "reference" if reference else "sample", "source": file, "mu_rule": "absorption, as the project holds it"}
     return mend_energy(flag(ds, remark) if remark else ds, file)
 
-# %% ../../nbs/campaign/32_absorption.ipynb #a6f3f6e8
+# %% ../../nbs/campaign/32_absorption.ipynb #f3c45282
+def pick_record(
+    record, # a label, or a place from 0
+    labels:list[str], # all labels
+    file=None, # named in errors
+)->int: # its place
+    "The place of one record, which its label must name alone."
+    if isinstance(record, int) and 0 <= record < len(labels): return record
+    places = [i for i, n in enumerate(labels) if n.strip() == str(record).strip()]
+    if len(places) == 1: return places[0]
+    raise BattError(f"{len(places) or 'no'} records are called {record!r}", file=file, key="record", mend=f"give the place from 0 to {len(labels) - 1}; records are {', '.join(n.strip() for n in labels[:12])}")
+
+# %% ../../nbs/campaign/32_absorption.ipynb #d806f5ec
 def read_athena(
     path, # an Athena project (.prj)
     record=None, # label, or place from 0; None: all records
@@ -462,17 +487,6 @@ def read_athena(
     shift = np.array([p.eshift for p in parts])
     return flag(ds, f"Athena's energy shifts ({shift.min():g} to {shift.max():g} eV) stand in eshift and are not applied") if shift.any() else ds
 
-def pick_record(
-    record, # a label, or a place from 0
-    labels:list[str], # all labels
-    file=None, # named in errors
-)->int: # its place
-    "The place of one record, which its label must name alone."
-    if isinstance(record, int) and 0 <= record < len(labels): return record
-    places = [i for i, n in enumerate(labels) if n.strip() == str(record).strip()]
-    if len(places) == 1: return places[0]
-    raise BattError(f"{len(places) or 'no'} records are called {record!r}", file=file, key="record", mend=f"give the place from 0 to {len(labels) - 1}; records are {', '.join(n.strip() for n in labels[:12])}")
-
 # %% ../../nbs/campaign/32_absorption.ipynb #d1f23a80
 def is_spec(
     path, # not used: the content decides
@@ -481,6 +495,7 @@ def is_spec(
     "Whether a file is a SPEC data file."
     return head.startswith((b"#F ", b"#S ")) and re.search(rb"^#(S|E|D|N|L) ", head, re.M) is not None
 
+# %% ../../nbs/campaign/32_absorption.ipynb #c65f6715
 def asctime(
     text:str, # "Wed Sep 19 20:57:10 2012"
 )->str: # ISO 8601, "" where it is no date
@@ -489,6 +504,16 @@ def asctime(
     found = parsedate(text)
     return datetime(*found[:6]).isoformat() if found else ""
 
+# %% ../../nbs/campaign/32_absorption.ipynb #6f44a819
+def _scan_series(parts, names, grid):
+    "Scans as frames, in time where each says when it began."
+    ds = stack_records(parts, names, grid)
+    if not all("start_time" in p.attrs for p in parts): return ds
+    t = np.array([seconds_on(parts[0].expand_dims(time=[0.0]), p.expand_dims(time=[0.0]))[0] for p in parts])
+    first = parts[int(t.argmin())].start_time
+    return label(ds.assign_coords(time=("frame", t - t.min())).swap_dims(frame="time").drop_vars("frame").sortby("time").assign_attrs(start_time=first))
+
+# %% ../../nbs/campaign/32_absorption.ipynb #e394510f
 def read_spec(
     path, # a SPEC file
     record=None, # number of the scan; None: all scans that hold a spectrum
@@ -510,14 +535,6 @@ def read_spec(
     ds = parts[0].assign_attrs(record=names[0]) if len(parts) == 1 else _scan_series(parts, names, grid).assign_attrs(source=file)
     return flag(ds, f"{len(skipped)} of {len(scans)} scans hold no spectrum and were left out: {', '.join(str(n) for n, _ in skipped[:5])}") if skipped else ds
 
-def _scan_series(parts, names, grid):
-    "Scans as frames, in time where each says when it began."
-    ds = stack_records(parts, names, grid)
-    if not all("start_time" in p.attrs for p in parts): return ds
-    t = np.array([seconds_on(parts[0].expand_dims(time=[0.0]), p.expand_dims(time=[0.0]))[0] for p in parts])
-    first = parts[int(t.argmin())].start_time
-    return label(ds.assign_coords(time=("frame", t - t.min())).swap_dims(frame="time").drop_vars("frame").sortby("time").assign_attrs(start_time=first))
-
 # %% ../../nbs/campaign/32_absorption.ipynb #cdd8f4c1
 def groups_with_spectra(
     f, # an open h5py.File
@@ -525,6 +542,7 @@ def groups_with_spectra(
     "Groups of an HDF5 file that hold energies and an absorption."
     import h5py
     found = {}
+    complete = lambda r: {"mu", "norm"} & set(r) or {"i0", "itrans"} <= set(r) or {"i0", "ifluor"} <= set(r)
     def visit(name, group):
         if not isinstance(group, h5py.Group): return
         sets = {k: d for k, d in group.items() if isinstance(d, h5py.Dataset)}
@@ -532,12 +550,14 @@ def groups_with_spectra(
         signal, axes = group.attrs.get("signal", ""), [str(a) for a in np.atleast_1d(group.attrs.get("axes", []))]
         if isinstance(signal, str) and signal in sets and "energy" in axes and signal != "energy": roles.setdefault(_ROLE_OF.get(split_unit(signal)[0], "mu"), sets[signal].name)
         e = f[roles["energy"]] if "energy" in roles else None
-        formed = {"mu", "norm"} & set(roles) or {"i0", "itrans"} <= set(roles) or {"i0", "ifluor"} <= set(roles)
-        if e is None or e.ndim != 1 or e.size < 3 or not formed: return
-        found[group.name] = {r: p for r, p in roles.items() if r == "energy" or e.size in f[p].shape}
+        if e is None or e.ndim != 1 or e.size < 3: return
+        fitting = {r: p for r, p in roles.items() if r == "energy" or e.size in f[p].shape}
+        if complete(fitting): found[group.name] = fitting
     visit("/", f); f.visititems(visit)
-    return found
+    plots = {g: roles for g, roles in found.items() if f[g].attrs.get("NX_class") in ("NXdata", b"NXdata")}
+    return plots or found
 
+# %% ../../nbs/campaign/32_absorption.ipynb #51527c28
 def is_hdf5_spectrum(
     path, # a file
     head:bytes, # its first bytes
@@ -549,20 +569,21 @@ def is_hdf5_spectrum(
         with h5py.File(path) as f: return bool(groups_with_spectra(f))
     except (OSError, RuntimeError): return False
 
-# %% ../../nbs/campaign/32_absorption.ipynb #eddf751a
+# %% ../../nbs/campaign/32_absorption.ipynb #6b599d5f
 class LazyH5:
     "A dataset of an HDF5 file that is opened for each block that is read."
     def __init__(self,
         path, # the file
         name:str, # the dataset in it
     ):
-        import h5py, hdf5plugin
+        import h5py, hdf5plugin  # noqa: F401 (makes h5py read compressed data)
         self.path, self.name = str(path), name
         with h5py.File(self.path) as f: self.shape, self.dtype, self.ndim = f[name].shape, f[name].dtype, f[name].ndim
     def __getitem__(self, key):
-        import h5py, hdf5plugin
+        import h5py, hdf5plugin  # noqa: F401 (makes h5py read compressed data)
         with h5py.File(self.path) as f: return f[self.name][key]
 
+# %% ../../nbs/campaign/32_absorption.ipynb #f74fa740
 def h5_array(
     path, # the file
     name:str, # the dataset in it
@@ -593,6 +614,84 @@ def spectral_axes(
     if data.ndim == 2: return (data if axis == 1 else data.T), ("frame", "energy")
     return data, (*rest[:axis], "energy", *rest[axis:])
 
+# %% ../../nbs/campaign/32_absorption.ipynb #b9e61729
+def _main(ds):
+    "The variable that holds the absorption."
+    return next(v for v in ("norm", "mu", "itrans") if v in ds)
+
+def _datasets(f, most=12):
+    "Datasets of an open HDF5 file with their shapes, for messages."
+    import h5py
+    seen = []
+    f.visititems(lambda n, d: seen.append(f"/{n} {d.shape}") if isinstance(d, h5py.Dataset) else None)
+    return ", ".join(seen[:most]) + (" ..." if len(seen) > most else "") or "nothing"
+
+def _check_paths(f, paths, file):
+    "Refuse a path map with unknown roles or missing datasets."
+    import h5py
+    if wrong := set(paths) - {*ROLES, "time", "y", "x"}: raise BattError(f"there is no role {min(wrong)!r}", file=file, key="paths", mend=f"roles are {', '.join([*ROLES, 'time', 'y', 'x'])}")
+    for role, name in paths.items():
+        if name not in f or not isinstance(f[name], h5py.Dataset): raise BattError(f"there is no dataset {name!r} for {role}", file=file, key="paths", mend=f"the file holds {_datasets(f)}")
+    if "energy" not in paths: raise BattError("the map names no energies", file=file, key="paths", mend="add energy = ...")
+
+# %% ../../nbs/campaign/32_absorption.ipynb #83f3c7c5
+def _entry_of(f, name):
+    "The group of an HDF5 file that lies around some data; without a name, the first one with a start."
+    import h5py
+    if name.strip("/"): return f["/" + name.strip("/").split("/")[0]]
+    return next((g for g in f.values() if isinstance(g, h5py.Group) and "start_time" in g), f)
+
+def _nexus_facts(f, name):
+    "Start, element, edge and title, as the entry around the data gives them."
+    import h5py
+    entry, facts = _entry_of(f, name), {}
+    for key, path in (("start_time", "start_time"), ("element", "element"), ("edge", "edge"), ("sample", "title")):
+        if isinstance(entry, h5py.Group) and isinstance(entry.get(path), h5py.Dataset):
+            value = np.atleast_1d(entry[path][()])[0]
+            facts[key] = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+    if "start_time" in facts: facts["start_time"] = iso_time(facts["start_time"])
+    return {k: v for k, v in facts.items() if v}
+
+# %% ../../nbs/campaign/32_absorption.ipynb #524f96b0
+def _lazy_absorption(da, file):
+    "Of a stack that stays on disk: what the file gives, or the logarithm formed when it is read."
+    kept = {k: da[k] for k in ("norm", "mu", "foil", "i0") if k in da}
+    if {"norm", "mu"} & set(kept): return kept, {"mu_rule": "absorption, as the file gives it" if "mu" in kept else "normalized absorption, as the file gives it"}
+    if {"i0", "itrans"} <= set(da): return kept | {"mu": np.log(da["i0"]/da["itrans"].where(da["itrans"] > 0))}, {"mu_rule": "ln(i0/itrans)"}
+    raise BattError(f"no absorption can be formed from {', '.join(da)}", file=file, key="paths", mend="name mu or norm, or i0 and itrans")
+
+# %% ../../nbs/campaign/32_absorption.ipynb #fc1b4e37
+def _h5_axes(ds, extra, file):
+    "Times and positions, where the map names them; frames without a time are numbered."
+    for k, values in extra.items():
+        dim = "frame" if k == "time" else k
+        if ds.sizes.get(dim) != values.size: raise BattError(f"{values.size} values of {k} for {ds.sizes.get(dim, 0)} {dim}s", file=file, key="paths", mend=f"check paths.{k}")
+    if "time" in extra: ds = ds.rename(frame="time").assign_coords(time=extra["time"])
+    elif "frame" in ds.dims: ds = ds.assign_coords(frame=np.arange(ds.sizes["frame"]))
+    ds = ds.assign_coords({k: extra[k] for k in ("y", "x") if k in extra})
+    if "x" in extra and extra["x"].size > 1: ds.attrs["pixel_size_um"] = float(np.median(np.abs(np.diff(extra["x"]))))
+    elif "x" in ds.dims: ds = flag(ds, "the pixel size is unknown: give y and x in the hint paths")
+    return ds
+
+# %% ../../nbs/campaign/32_absorption.ipynb #5fc3fcab
+def _h5_spectra(path, roles, energy_axis, units, mode):
+    "The spectra that a map of roles names."
+    import h5py
+    file = Path(path).name
+    with h5py.File(path) as f:
+        unit = f[roles["energy"]].attrs.get("units", "")
+        energy = np.asarray(f[roles["energy"]][()], float).ravel()
+        extra = {k: np.asarray(f[roles[k]][()], float).ravel() for k in ("time", "y", "x") if k in roles}
+    e, remark = energy_in_ev(energy, units or (unit.decode() if isinstance(unit, bytes) else str(unit)), file)
+    named = {r: spectral_axes(h5_array(path, p), e.size, energy_axis if r in ("mu", "norm", "itrans", "ifluor") else None, file) for r, p in roles.items() if r not in ("energy", "time", "y", "x")}
+    da = {r: xr.DataArray(v, dims=d) for r, (v, d) in named.items()}
+    out, rules = absorption(da, mode, file) if not any(hasattr(v.data, "dask") for v in da.values()) else _lazy_absorption(da, file)
+    dims = max((v.dims for v in da.values()), key=len)
+    out = {k: v if isinstance(v, xr.DataArray) else xr.DataArray(v, dims=dims) for k, v in out.items()}
+    ds = xr.Dataset(out, {"energy": e}).assign_attrs(rules)
+    ds = _h5_axes(ds, extra, file)
+    return label(mend_energy(flag(ds, remark) if remark else ds, file))
+
 # %% ../../nbs/campaign/32_absorption.ipynb #854606d1
 def read_hdf5(
     path, # an HDF5 file
@@ -619,71 +718,6 @@ def read_hdf5(
     if any(p[_main(p)].ndim > 1 for p in parts): raise BattError(f"{len(parts)} groups hold series or stacks", file=file, key="record", mend=f"pick one: record = {names[0]!r}")
     return _scan_series(parts, names, grid).assign_attrs(source=file)
 
-# %% ../../nbs/campaign/32_absorption.ipynb #c327570f
-def _main(ds):
-    "The variable that holds the absorption."
-    return next(v for v in ("norm", "mu", "itrans") if v in ds)
-
-def _datasets(f, most=12):
-    "Datasets of an open HDF5 file with their shapes, for messages."
-    import h5py
-    seen = []
-    f.visititems(lambda n, d: seen.append(f"/{n} {d.shape}") if isinstance(d, h5py.Dataset) else None)
-    return ", ".join(seen[:most]) + (" ..." if len(seen) > most else "") or "nothing"
-
-def _check_paths(f, paths, file):
-    "Refuse a path map with unknown roles or missing datasets."
-    import h5py
-    if wrong := set(paths) - {*ROLES, "time", "y", "x"}: raise BattError(f"there is no role {min(wrong)!r}", file=file, key="paths", mend=f"roles are {', '.join([*ROLES, 'time', 'y', 'x'])}")
-    for role, name in paths.items():
-        if name not in f or not isinstance(f[name], h5py.Dataset): raise BattError(f"there is no dataset {name!r} for {role}", file=file, key="paths", mend=f"the file holds {_datasets(f)}")
-    if "energy" not in paths: raise BattError("the map names no energies", file=file, key="paths", mend="add energy = ...")
-
-def _nexus_facts(f, name):
-    "Start, element and edge from the entry that a group lies in."
-    entry = f["/" + name.strip("/").split("/")[0]] if name.strip("/") else next((f[k] for k in f if "start_time" in f[k]), f) if any(hasattr(f[k], "keys") for k in f) else f
-    read = lambda k: (lambda v: v.decode() if isinstance(v, bytes) else str(v))(np.atleast_1d(entry[k][()])[0]) if hasattr(entry, "keys") and k in entry and hasattr(entry[k], "shape") else ""
-    facts = {"start_time": iso_time(read("start_time")), "element": read("element"), "edge": read("edge"), "sample": read("title")}
-    return {k: v for k, v in facts.items() if v}
-
-# %% ../../nbs/campaign/32_absorption.ipynb #90f6fc33
-def _h5_spectra(path, roles, energy_axis, units, mode):
-    "The spectra that a map of roles names."
-    import h5py
-    file = Path(path).name
-    with h5py.File(path) as f:
-        unit = f[roles["energy"]].attrs.get("units", "")
-        energy = np.asarray(f[roles["energy"]][()], float).ravel()
-        extra = {k: np.asarray(f[roles[k]][()], float).ravel() for k in ("time", "y", "x") if k in roles}
-    e, remark = energy_in_ev(energy, units or (unit.decode() if isinstance(unit, bytes) else str(unit)), file)
-    named = {r: spectral_axes(h5_array(path, p), e.size, energy_axis if r in ("mu", "norm", "itrans", "ifluor") else None, file) for r, p in roles.items() if r not in ("energy", "time", "y", "x")}
-    da = {r: xr.DataArray(v, dims=d) for r, (v, d) in named.items()}
-    out, rules = absorption(da, mode, file) if not any(hasattr(v.data, "dask") for v in da.values()) else _lazy_absorption(da, file)
-    dims = max((v.dims for v in da.values()), key=len)
-    out = {k: v if isinstance(v, xr.DataArray) else xr.DataArray(v, dims=dims) for k, v in out.items()}
-    ds = xr.Dataset(out, {"energy": e}).assign_attrs(rules)
-    ds = _h5_axes(ds, extra, file)
-    return label(mend_energy(flag(ds, remark) if remark else ds, file))
-
-def _lazy_absorption(da, file):
-    "Of a stack that stays on disk: what the file gives, or the logarithm formed when it is read."
-    kept = {k: da[k] for k in ("norm", "mu", "foil", "i0") if k in da}
-    if {"norm", "mu"} & set(kept): return kept, {"mu_rule": "absorption, as the file gives it" if "mu" in kept else "normalized absorption, as the file gives it"}
-    if {"i0", "itrans"} <= set(da): return kept | {"mu": np.log(da["i0"]/da["itrans"].where(da["itrans"] > 0))}, {"mu_rule": "ln(i0/itrans)"}
-    raise BattError(f"no absorption can be formed from {', '.join(da)}", file=file, key="paths", mend="name mu or norm, or i0 and itrans")
-
-def _h5_axes(ds, extra, file):
-    "Times and positions, where the map names them; frames without a time are numbered."
-    for k, values in extra.items():
-        dim = "frame" if k == "time" else k
-        if ds.sizes.get(dim) != values.size: raise BattError(f"{values.size} values of {k} for {ds.sizes.get(dim, 0)} {dim}s", file=file, key="paths", mend=f"check paths.{k}")
-    if "time" in extra: ds = ds.rename(frame="time").assign_coords(time=extra["time"])
-    elif "frame" in ds.dims: ds = ds.assign_coords(frame=np.arange(ds.sizes["frame"]))
-    ds = ds.assign_coords({k: extra[k] for k in ("y", "x") if k in extra})
-    if "x" in extra and extra["x"].size > 1: ds.attrs["pixel_size_um"] = float(np.median(np.abs(np.diff(extra["x"]))))
-    elif "x" in ds.dims: ds = flag(ds, "the pixel size is unknown: give y and x in the hint paths")
-    return ds
-
 # %% ../../nbs/campaign/32_absorption.ipynb #e3c5deb5
 def names_to_coords(
     ds:xr.Dataset, # a series with the coordinate `source`
@@ -700,6 +734,7 @@ def names_to_coords(
     missed = sum(m is None for m in found)
     return flag(ds, f"name_pattern fits {len(names) - missed} of {len(names)} file names") if missed else ds
 
+# %% ../../nbs/campaign/32_absorption.ipynb #68b0460f
 def time_remarks(
     ds:xr.Dataset, # a series with `time`, sorted
 )->list[str]:
@@ -712,31 +747,7 @@ def time_remarks(
     if "exposure" in ds.coords and (over := (step > 0) & (step < ds.exposure.values[:-1] - 1e-3)).any(): remarks.append(f"{int(over.sum())} spectra begin before the one before has ended")
     return remarks
 
-# %% ../../nbs/campaign/32_absorption.ipynb #93cb732d
-def combine(
-    parts:list[xr.Dataset], # spectra or stacks as read, with `source` and, where known, `start_time`
-    grid:str|None=None, # "common": interpolate different energy grids
-    name_pattern:str|None=None, # regular expression with named groups, over the file names
-    **hints, # those of the formats
-)->xr.Dataset: # along `time` (s after the first start) if every file says when it began, else along `frame`
-    "Make a series of single spectra."
-    if not parts: raise BattError("there are no spectra to combine", mend="check the pattern of the files")
-    parts = sorted(parts, key=lambda p: natural(str(p.attrs.get("source", ""))))
-    _check_alike(parts)
-    parts, remark = on_one_grid(parts, grid)
-    shared = [v for v in parts[0].data_vars if all(v in p for p in parts)]
-    lost = sorted({v for p in parts for v in p.data_vars} - set(shared))
-    clocked = all("start_time" in p.attrs and "frame" not in p.dims for p in parts)
-    dim = "time" if clocked else "frame"
-    wide = [_as_series(p, dim) for p in parts]
-    ds = xr.concat([_bare(w, dim)[shared] for w in wide], dim, coords="minimal", compat="override", join="override")
-    ds = _lift(ds, parts, dim, [w.sizes[dim] for w in wide]).assign_coords(source=(dim, np.concatenate([_sources(p, w.sizes[dim]) for p, w in zip(parts, wide)])))
-    if clocked: ds = _in_time(ds, wide)
-    elif any("start_time" in p.attrs for p in parts): ds = flag(ds, f"{sum('start_time' not in p.attrs for p in parts)} of {len(parts)} files do not say when they were taken: no time, in the order of their names")
-    ds = flag(ds, *_gather_flags(parts), *([remark] if remark else []), *([f"{', '.join(lost)} left out: not in every file"] if lost else []), *(time_remarks(ds) if clocked else []))
-    return label(names_to_coords(ds, name_pattern) if name_pattern else ds)
-
-# %% ../../nbs/campaign/32_absorption.ipynb #aa320ea0
+# %% ../../nbs/campaign/32_absorption.ipynb #b5daf5db
 def _check_alike(parts):
     "Refuse to mix normalized and raw spectra, or spectra and images."
     for what, of in (("hold", _main), ("have the dimensions", lambda p: ", ".join(d for d in p[_main(p)].dims if d not in ("frame", "time")))):
@@ -746,6 +757,7 @@ def _check_alike(parts):
             say = "; ".join(f"{len(v)} {what} {k}, as {v[0]!r}" for k, v in groups.items())
             raise BattError(f"the files do not go together: {say}", key="files", mend="make a technique of each kind in the manifest")
 
+# %% ../../nbs/campaign/32_absorption.ipynb #b3f01fe0
 def _as_series(p, dim):
     "A single spectrum as a series of one; records and series as they are, along `dim`."
     old = next((d for d in ("time", "frame") if d in p.dims), None)
@@ -761,12 +773,38 @@ def _sources(p, n):
     if "source" in p.coords: return np.atleast_1d(p.source.values).astype(str)
     return np.repeat(str(p.attrs.get("source", "")), n)
 
+# %% ../../nbs/campaign/32_absorption.ipynb #8ba83e31
 def _in_time(ds, wide):
     "Seconds after the first start, sorted."
     t = np.concatenate([seconds_on(wide[0], w) for w in wide])
     start = datetime.fromisoformat(wide[0].start_time) + timedelta(seconds=float(t.min()))
     ds = ds.assign_coords(time=t - t.min()).isel(time=np.argsort(t, kind="stable"))
     return ds.assign_attrs(start_time=start.isoformat())
+
+# %% ../../nbs/campaign/32_absorption.ipynb #93cb732d
+def combine(
+    parts:list[xr.Dataset], # spectra or stacks as read, with `source` and, where known, `start_time`
+    grid:str|None=None, # "common": interpolate different energy grids
+    name_pattern:str|None=None, # regular expression with named groups, over the file names
+    **hints, # those of the formats
+)->xr.Dataset: # along `time` (s after the first start) if every file says when it began, else along `frame`
+    "Make a series of single spectra."
+    if not parts: raise BattError("there are no spectra to combine", mend="check the pattern of the files")
+    parts = sorted(parts, key=lambda p: natural(str(p.attrs.get("source", ""))))
+    _check_alike(parts)
+    parts, remark = on_one_grid(parts, grid)
+    shared = [v for v in parts[0].data_vars if all(v in p for p in parts)]
+    clocked = all("start_time" in p.attrs and "frame" not in p.dims for p in parts)
+    dim = "time" if clocked else "frame"
+    wide = [_as_series(p, dim) for p in parts]
+    bare = [_bare(w, dim) for w in wide]
+    lost = sorted({v for w in bare for v in w.variables if any(v not in other for other in bare)} - {dim})
+    ds = xr.concat([w[shared].drop_vars(lost, errors="ignore") for w in bare], dim, coords="minimal", compat="override", join="override")
+    ds = _lift(ds, parts, dim, [w.sizes[dim] for w in wide]).assign_coords(source=(dim, np.concatenate([_sources(p, w.sizes[dim]) for p, w in zip(parts, wide)])))
+    if clocked: ds = _in_time(ds, wide)
+    elif any("start_time" in p.attrs for p in parts): ds = flag(ds, f"{sum('start_time' not in p.attrs for p in parts)} of {len(parts)} files do not say when they were taken: no time, in the order of their names")
+    ds = flag(ds, *_gather_flags(parts), *([remark] if remark else []), *([f"{', '.join(lost)} left out: not in every file"] if lost else []), *(time_remarks(ds) if clocked else []))
+    return label(names_to_coords(ds, name_pattern) if name_pattern else ds)
 
 # %% ../../nbs/campaign/32_absorption.ipynb #8da589f6
 def reading_noise(
@@ -779,6 +817,7 @@ def reading_noise(
     residual = (y[..., 1:-1] - a*y[..., :-2] - (1 - a)*y[..., 2:])/np.sqrt(1 + a**2 + (1 - a)**2)
     return 1.4826*np.nanmedian(np.abs(residual), axis=-1)
 
+# %% ../../nbs/campaign/32_absorption.ipynb #58bb5570
 def crossing(
     energy:np.ndarray, # eV, increasing
     y:np.ndarray, # values (..., energy)
@@ -819,13 +858,16 @@ def edge_position(
 def _is_xdi(path, head): return re.match(rb"\s*#\s*XDI/", head) is not None
 def _is_extranormal(path, head): return b"produced by extranormal" in head[:200]
 def _is_hdf5(path, head): return head.startswith(b"\x89HDF")
+
+# %% ../../nbs/campaign/32_absorption.ipynb #d87e954b
 def _is_athena(path, head):
     if head[:2] == b"\x1f\x8b":
         with gzip.open(path) as f:
             try: head = f.read(200)
-            except (EOFError, OSError): return Path(path).suffix.lower() == ".prj"
+            except (EOFError, OSError, zlib.error): return Path(path).suffix.lower() == ".prj"
     return head.startswith(b"# Athena project file")
 
+# %% ../../nbs/campaign/32_absorption.ipynb #d58797c8
 def _read_stack(path, **hints): return mend_energy(read_als_stack(path, **hints), Path(path).name)
 
 FORMATS = (
@@ -838,6 +880,8 @@ FORMATS = (
     Format("HDF5 with a map of paths", (".h5", ".nxs", ".hdf5"), "h5py", _is_hdf5, read_hdf5, generic=True),
     Format("columns of text", (".dat", ".txt", ".csv", ".xmu", ".e"), "batt_nb", is_columns, read_columns, generic=True),
 )
+
+# %% ../../nbs/campaign/32_absorption.ipynb #4661aa12
 READER = Reader("xas", FORMATS, combine, hints={
     "columns": "role -> column title or number from 1: {energy = ..., mu = ...}; roles energy, norm, mu, i0, itrans, ifluor, irefer, foil",
     "units": "of the energy: eV or keV, where the file does not say it",

@@ -6,8 +6,8 @@
 __all__ = ['FORMATS', 'READER', 'to_q', 'pattern', 'combine', 'finish', 'find_rows', 'split_text', 'header_wavelength',
            'header_start', 'header_facts', 'axis_of', 'to_two_theta', 'choose_columns', 'read_columns', 'sniff_columns',
            'sniff_chi', 'read_chi', 'sniff_fxye', 'read_fxye', 'valid_pixels', 'bins_of', 'load_mask',
-           'integrate_frames', 'frame_clock', 'frames_to_series', 'read_frame', 'sniff_frame', 'nexus_plot',
-           'read_hdf5', 'sniff_hdf5']
+           'integrate_frames', 'frame_clock', 'frames_to_series', 'open_frames', 'read_frame', 'sniff_frame',
+           'nexus_plot', 'read_hdf5', 'sniff_hdf5']
 
 # %% ../../nbs/campaign/34_diffraction.ipynb #5d87009c
 import json
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from .diffractometers import Scan, clock_attrs, is_zip_of, poisson_sigma, read_brml, read_rasx, read_raw, read_xrdml
+from .diffractometers import Scan, is_zip_of, poisson_sigma, read_brml, read_rasx, read_raw, read_xrdml
 from .sources import Format, Reader
 from ..core import BattError, flag, flags, label, require, start_instant, step
 
@@ -477,7 +477,7 @@ def read_fxye(path, **hints):
     banks = [i for i, line in enumerate(lines) if line.startswith("BANK")] + [len(lines)]
     wavelength = header_wavelength("\n".join(lines[:banks[0]]))
     extra = {"wavelength": wavelength} if wavelength else {}
-    return finish([s._replace(attrs=s.attrs | extra) for a, b in zip(banks, banks[1:]) for s in [_bank(lines[a], lines[a + 1:b])]], **hints)
+    return finish([s._replace(attrs=s.attrs | extra) for a, b in zip(banks[:-1], banks[1:], strict=True) for s in [_bank(lines[a], lines[a + 1:b])]], **hints)
 
 # %% ../../nbs/campaign/34_diffraction.ipynb #3f630141
 def _geometry(poni, path):
@@ -593,12 +593,29 @@ def frames_to_series(
     series = parts[0] if len(parts) == 1 else combine(parts)
     return series.assign_attrs(start_time=start) if start else series
 
-def read_frame(path, **hints):
-    "A detector frame or a file of frames, through fabio and a pyFAI geometry."
+# %% ../../nbs/campaign/34_diffraction.ipynb #478693d8
+def open_frames(
+    path, # a file that fabio knows
+)->tuple[list, dict]: # frames (rows, columns), header of the first
+    "All frames of a detector file; refused where any of it is missing."
+    import logging
     import fabio
+    said, listener, log = [], logging.Handler(logging.ERROR), logging.getLogger("fabio")
+    listener.emit = lambda record: said.append(record.getMessage())
+    log.addHandler(listener)
+    passes_on, log.propagate = log.propagate, False
     try:
         with fabio.open(str(path)) as image: frames, header = [image.get_frame(i).data for i in range(image.nframes)], dict(image.header)
     except Exception as e: raise BattError(f"fabio cannot open the frame ({e})", file=path, mend="it is cut off or damaged: copy it again") from None
+    finally:
+        log.removeHandler(listener)
+        log.propagate = passes_on
+    if said or any(f is None for f in frames): raise BattError(f"the frame is damaged: {said[0] if said else 'it holds no image'}", file=path, mend="copy it again from the detector's computer")
+    return frames, header
+
+def read_frame(path, **hints):
+    "A detector frame or a file of frames, through fabio and a pyFAI geometry."
+    frames, header = open_frames(path)
     return frames_to_series(frames, path, hints, frame_clock(header))
 
 # %% ../../nbs/campaign/34_diffraction.ipynb #6fcfb75c
@@ -636,7 +653,7 @@ def nexus_plot(
     if "signal" not in group.attrs or text(group.attrs["signal"]) not in group: return {}
     signal = text(group.attrs["signal"])
     axes = [text(a) for a in np.atleast_1d(group.attrs.get("axes", []))]
-    found = {"intensity": f"{group.name}/{signal}"} | {d: f"{group.name}/{a}" for d, a in zip(("two_theta", "x", "y"), axes[::-1]) if a in group}
+    found = {"intensity": f"{group.name}/{signal}"} | {d: f"{group.name}/{a}" for d, a in zip(("two_theta", "x", "y"), axes[::-1], strict=False) if a in group}
     error = next((e for e in (f"{signal}_errors", "errors") if e in group), None)
     return found | ({"intensity_sigma": f"{group.name}/{error}"} if error else {})
 
@@ -649,12 +666,14 @@ def _listing(file):
 # %% ../../nbs/campaign/34_diffraction.ipynb #4f74020f
 _MICRONS = {"m": 1e6, "cm": 1e4, "mm": 1e3, "um": 1.0, "µm": 1.0, "μm": 1.0, "micron": 1.0, "microns": 1.0, "nm": 1e-3}
 
+_AXIS_UNITS = {"two_theta": ("deg", "degree", "degrees", "2th_deg"), "radians": ("rad", "radian", "2th_rad"),
+               "q_nm": ("1/nm", "nm^-1", "q_nm^-1"), "q": ("1/a", "a^-1", "1/å", "å^-1", "1/angstrom", "q_a^-1")}
+
 def _h5_axis(dataset, axis, wavelength):
     "2θ in degrees of a dataset with a unit attribute."
     unit = dataset.attrs.get("units", b"")
     unit = (unit.decode() if isinstance(unit, bytes) else str(unit)).strip().lower()
-    kinds = {"deg": "two_theta", "degree": "two_theta", "degrees": "two_theta", "2th_deg": "two_theta", "rad": "radians", "1/nm": "q_nm", "nm^-1": "q_nm", "q_nm^-1": "q_nm", "1/a": "q", "a^-1": "q", "1/å": "q", "å^-1": "q", "1/angstrom": "q", "q_a^-1": "q"}
-    kind = axis or kinds.get(unit)
+    kind = axis or next((k for k, names in _AXIS_UNITS.items() if unit in names), None)
     if kind is None: raise BattError(f"the axis {dataset.name} has " + (f"the unit {unit!r}" if unit else "no unit"), key="axis", mend="say what it is: axis = 'two_theta', 'theta', 'radians', 'q' (1/Å) or 'q_nm'")
     return to_two_theta(dataset[()], kind, wavelength)
 

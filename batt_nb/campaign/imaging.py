@@ -139,12 +139,17 @@ def degrees(
     if np.abs(values).max() <= 2.05*np.pi: raise BattError(f"angles from {values.min():g} to {values.max():g} have no unit: they could be degrees or radians", file=Path(path).name, key=key, mend="give angle_unit = deg or rad")
     return values, [f"angles have no unit in the file; {values.min():g} to {values.max():g} can only be degrees"]
 
-def _angles(f, name, path, hints, rows=None):
-    "Angles of some rows of a dataset, in deg, with remarks; the hints overrule the file."
+def _angles(f, name, path, hints, rows=None, total=None):
+    "Angles in deg, of some of all frames where rows are given, with remarks; hinted angles overrule the file."
     if hints.get("angles") is not None or name is None or f.get(name) is None: return None, []
-    unit = hints.get("angle_unit") or f[name].attrs.get("units", "")
-    values, remarks = degrees(f[name][()], unit.decode() if isinstance(unit, bytes) else unit, path, name)
-    return (values if rows is None or len(values) == len(rows) else values[rows] if rows[-1] < len(values) else values), remarks
+    unit = hints.get("angle_unit") or _unit(f[name])
+    values, remarks = degrees(f[name][()], unit, path, name)
+    return values[rows] if rows is not None and len(values) == total else values, remarks
+
+def _unit(dataset):
+    "The unit of a dataset as the file writes it."
+    unit = dataset.attrs.get("units", "")
+    return unit.decode() if isinstance(unit, bytes) else str(unit)
 
 # %% ../../nbs/campaign/36_imaging.ipynb #41886d0e
 def find_nxtomo(
@@ -154,7 +159,7 @@ def find_nxtomo(
 )->Scan|None:
     "The parts of an NXtomo entry."
     entries = _nxtomo_entries(f)
-    if hints.get("entry"): entries = {k: v for k, v in entries.items() if k.strip("/").startswith(str(hints["entry"]).strip("/"))}
+    if hints.get("entry"): entries = {k: v for k, v in entries.items() if f"{k}/".startswith(f"/{str(hints['entry']).strip('/')}/")}
     if not entries: return None
     if len(entries) > 1: raise BattError(f"the file holds {len(entries)} tomograms", file=Path(path).name, key="entry", mend=f"choose one: entry = {' or '.join(entries)}")
     (scope, (data, keys, angle)), = entries.items()
@@ -162,21 +167,24 @@ def find_nxtomo(
     if len(key) != f[data].shape[0]: raise BattError(f"image_key names {len(key)} frames, {data} holds {f[data].shape[0]}", file=Path(path).name, key=keys, mend="the scan was interrupted: convert it again")
     rows = {name: np.flatnonzero(key == code) for code, name in enumerate(("projections", "flats", "darks"))}
     if not len(rows["projections"]): raise BattError("no frame is a projection: image_key is nowhere 0", file=Path(path).name, key=keys, mend="check the scan, or give paths")
-    values, remarks = _angles(f, angle, path, hints, rows["projections"])
+    values, remarks = _angles(f, angle, path, hints, rows["projections"], len(key))
     left = int(((key < 0) | (key > 2)).sum())
     scan = Scan({n: [(data, r)] for n, r in rows.items() if len(r)}, values, remarks=remarks + ([f"{left} frames that are marked invalid or for alignment were left out"] if left else []))
     return _nexus_facts(scan, f, scope)
 
 def _nxtomo_entries(f):
     "Each scope that has images, their keys and angles: {scope: (data, keys, angle)}."
-    found = {}
-    for keys in (p for p, d in walk(f) if p.endswith("/image_key") and d.ndim == 1):
-        near = keys.rsplit("/", 1)[0]
-        scopes = [near.rsplit("/", k)[0] for k in (2, 1)]
-        data = next((p for p in (f"{near}/data", *(f"{s}/data/data" for s in scopes)) if f.get(p) is not None and hasattr(f[p], "ndim") and f[p].ndim == 3), None)
-        angle = next((p for s in scopes for p in (f"{s}/sample/rotation_angle", f"{s}/data/rotation_angle", f"{near}/rotation_angle") if f.get(p) is not None), None)
-        control = f"{keys}_control"
-        if data: found.setdefault((f[data].file.filename, f[data].name), (scopes[0] or "/", (data, control if f.get(control) is not None else keys, angle)))
+    import h5py
+    groups = lambda g, at: [f"{at}/{n}" for n in g if isinstance(g.get(n), h5py.Group)]
+    scopes, found = [p for top in groups(f, "") for p in (*groups(f[top], top), top)], {}
+    for scope, near in ((s, d) for s in scopes for d in groups(f[s].get("instrument") or {}, f"{s}/instrument")):
+        has = lambda p, ndim: getattr(f.get(p), "ndim", 0) == ndim
+        keys = next((k for k in (f"{near}/image_key_control", f"{near}/image_key") if has(k, 1)), None)
+        data = next((p for p in (f"{near}/data", f"{scope}/data/data") if has(p, 3)), None)
+        if not keys or not data: continue
+        angle = next((p for p in (f"{scope}/sample/rotation_angle", f"{scope}/data/rotation_angle", f"{near}/rotation_angle") if has(p, 1)), None)
+        same = (f[keys].file.filename, h5py.h5o.get_info(f[keys].id).addr)
+        if same not in found or angle and not found[same][1][2]: found[same] = (scope, (data, keys, angle))
     return dict(found.values())
 
 # %% ../../nbs/campaign/36_imaging.ipynb #c7a02b26
@@ -196,10 +204,6 @@ def _nexus_facts(scan, f, scope):
     if factor and np.size(energy) == 1: scan.coords["energy"] = float(np.ravel(energy[()])[0])*factor
     if start := text(f, f"{scope}/start_time"): scan.attrs["start_time"] = start
     return scan
-
-def _unit(dataset):
-    unit = dataset.attrs.get("units", "")
-    return unit.decode() if isinstance(unit, bytes) else str(unit)
 
 # %% ../../nbs/campaign/36_imaging.ipynb #1486084f
 def find_exchange(
@@ -373,7 +377,7 @@ def series_axis(
     axis:str|None=None, # z, angle, energy, time or frame
     angles=None, energies=None, # their values
     name_values:str|None=None, # regular expression: its group is the value in each name
-)->tuple: # (dimension, values along it or None, start of the series or None)
+)->tuple: # (dimension, values along it or None, start of the earliest file or "")
     "What a series of files runs along, and where each stands on it."
     n, values = len(parts), None
     if axis not in (None, "z", "angle", "energy", "time", "frame"): raise BattError(f"{axis!r} is no axis of a series", key="axis", mend="z, angle, energy, time or frame")
@@ -382,12 +386,12 @@ def series_axis(
         held = [float(p[axis]) if axis in p.coords and p[axis].ndim == 0 else None for p in parts]
         given = angles if axis == "angle" else energies
         values = axis_values(given if given is not None or None in held else held, n, "angles" if axis == "angle" else "energies", parts[0].attrs["source"])
-    if axis and axis != "time" or values is not None: return axis or "frame", values, None
-    energy = [float(p.energy) for p in parts if "energy" in p.coords and p.energy.ndim == 0]
-    if not axis and n > 1 and len(set(energy)) == n: return "energy", np.array(energy), None
     starts = [p.attrs.get("start_time") for p in parts]
-    if not all(starts): return "frame", None, None
-    return "time", *_seconds(starts, parts)
+    seconds, start = _seconds(starts, parts) if all(starts) else (None, "")
+    if axis and axis != "time" or values is not None: return axis or "frame", values, start
+    energy = [float(p.energy) for p in parts if "energy" in p.coords and p.energy.ndim == 0]
+    if not axis and n > 1 and len(set(energy)) == n: return "energy", np.array(energy), start
+    return ("time", seconds, start) if start else ("frame", None, "")
 
 def _name_values(parts, pattern):
     "The number that a regular expression finds in each name."
@@ -500,8 +504,9 @@ def _shared_flags(parts):
         yield same[0] if len(same) == 1 or len(parts) == 1 else f"{len(same)} files: {same[0]}" + ("" if len(set(same)) == 1 else " (and the like)")
 
 def _exposure_remark(samples, references):
-    times = [sorted({float(p.exposure) for p in group if "exposure" in p.coords and p.exposure.ndim == 0}) for group in (samples, references)]
-    return [f"samples were exposed {times[0]} s, flat fields {times[1]} s: check whether counts scale before dividing"] if all(times) and times[0] != times[1] else []
+    times = [sorted({round(float(p.exposure), 6) for p in group if "exposure" in p.coords and p.exposure.ndim == 0}) for group in (samples, references)]
+    said = [" and ".join(f"{t:g}" for t in ts) for ts in times]
+    return [f"samples were exposed {said[0]} s, flat fields {said[1]} s: check whether counts scale before dividing"] if all(times) and times[0] != times[1] else []
 
 # %% ../../nbs/campaign/36_imaging.ipynb #bad135a4
 def _beside(ds, parts, name):

@@ -51,12 +51,13 @@ def _one_half_cycle(part, followed):
     scatter = 1.4826*_weighted_median(np.abs(i[driven] - current), weight[driven] + 1e-300)
     cutoff = float((v[driven]*way).max()*way)
     last = np.flatnonzero(driven)[-2:]
+    missed = np.ptp(v[last])/2 if dt[last[-1]] > 0.99*np.median(dt[driven]) else 0.0
     held = driven & (np.abs(v - cutoff) < 5e-3) & (i < 0.9*current)
     time_driven = max(dt[driven].sum(), 1e-9)
     noise = 1.4826*np.median(np.abs(np.diff(v[driven], 2)))/np.sqrt(6) if driven.sum() > 4 else 0.0
     t = part["temperature"].values if "temperature" in part else np.array([np.nan])
     return {"direction": way, "charge": float(dq.sum()), "complete": bool(followed or not driven[-1]), "current": current, "current_sigma": scatter,
-            "cutoff": cutoff, "cutoff_sigma": float(np.ptp(v[last])/2), "noise": float(noise), "rest": float(dt[~driven].sum()), "rest_sigma": float(np.median(dt)),
+            "cutoff": cutoff, "cutoff_sigma": float(missed), "noise": float(noise), "rest": float(dt[~driven].sum()), "rest_sigma": float(np.median(dt)),
             "hold": float(dt[held].sum()/time_driven), "hold_sigma": float(np.median(dt)/time_driven), "temperature": float(np.mean(t)), "temperature_sigma": float(np.std(t))}
 
 # %% ../../nbs/campaign/66_protocol.ipynb #b9c03e44

@@ -24,7 +24,8 @@ def composition(
     from xraydb import chemparse
     mend = "write it with numbers, as weighed: LiNiO2, LiNi0.6Mn0.2Co0.2O2, LiFePO4, C6"
     try: atoms = chemparse(str(formula).strip())
-    except ValueError: raise BattError(f"{formula!r} is not a chemical formula", key="electrode_material", mend=mend) from None
+    except ValueError: atoms = {}
+    if not atoms: raise BattError(f"{formula!r} is not a chemical formula", key="electrode_material", mend=mend)
     if set(atoms) == {"C"} and atoms["C"] != 6:
         raise BattError(f"{formula!r} does not say how many carbon atoms take one lithium", key="electrode_material", mend="write C6 for graphite")
     return {str(element): float(n) for element, n in atoms.items()}

@@ -25,6 +25,7 @@ def is_als_header(
     "Whether a file is the header of an ALS image stack."
     return head.lstrip().startswith(b"ScanDefinition") and b"Image Stack" in head[:400]
 
+# %% ../../nbs/campaign/33_stxm.ipynb #a3dbd513
 def als_axis(
     text:str, # the whole header
     key:str, # PAxis (x), QAxis (y) or StackAxis (energy)
@@ -50,6 +51,7 @@ def als_time(
     year, month, day, clock = text.split()
     return datetime.fromisoformat(f"{year}-{_MONTHS.index(month) + 1:02d}-{int(day):02d}T{clock}")
 
+# %% ../../nbs/campaign/33_stxm.ipynb #a2152a51
 def als_clock(
     text:str, # the whole header
     n:int, # number of energies
@@ -77,6 +79,7 @@ def find_frames(
             if inside: archives.append(archive.name); frames = inside | frames
     return frames, archives
 
+# %% ../../nbs/campaign/33_stxm.ipynb #71111f29
 def read_frame(
     path, # a .xim file
     shape:tuple, # (y, x) that the header announces
@@ -126,6 +129,16 @@ def beam_spectrum(
         raise BattError(f"the bare beam was measured from {e.min():g} to {e.max():g} eV, the stack from {energy.min():g} to {energy.max():g} eV", file=path.name, key="i0", mend="give an I0 that spans the stack")
     return np.interp(energy, e[order], counts[order])
 
+# %% ../../nbs/campaign/33_stxm.ipynb #752cc831
+def _with_absorption(ds, i0, folder):
+    "Add mu and i0, or say that they are not known."
+    if i0 is None: return flag(ds, "transmitted counts only: the bare beam's intensity is not in the file, give the hint i0 for the absorption")
+    beam = xr.DataArray(beam_spectrum(ds.itrans, i0, folder), dims="energy", attrs={"units": "counts", "long_name": "Bare beam"})
+    ds = ds.assign(mu=np.log(beam/ds.itrans.where(ds.itrans > 0)), i0=beam).assign_attrs(mu_rule="ln(i0/itrans)", i0_from=i0)
+    dark = int((ds.itrans <= 0).sum())
+    if i0 == "brightest": ds = flag(ds, "the bare beam is taken from the brightest 5 % of the pixels: right only if they are empty")
+    return flag(ds, f"{dark} pixel values without counts have no absorption") if dark else ds
+
 # %% ../../nbs/campaign/33_stxm.ipynb #ab1af170
 def read_als_stack(
     path, # the .hdr file
@@ -147,12 +160,3 @@ def read_als_stack(
     if archives: ds = flag(ds, f"the images lie in archives beside the header: {', '.join(archives)}")
     if len(have) < len(energy): ds = flag(ds, f"{len(energy) - len(have)} of {len(energy)} images are missing: their energies are left out")
     return label(_with_absorption(ds, i0, path.parent))
-
-def _with_absorption(ds, i0, folder):
-    "Add mu and i0, or say that they are not known."
-    if i0 is None: return flag(ds, "transmitted counts only: the bare beam's intensity is not in the file, give the hint i0 for the absorption")
-    beam = xr.DataArray(beam_spectrum(ds.itrans, i0, folder), dims="energy", attrs={"units": "counts", "long_name": "Bare beam"})
-    ds = ds.assign(mu=np.log(beam/ds.itrans.where(ds.itrans > 0)), i0=beam).assign_attrs(mu_rule="ln(i0/itrans)", i0_from=i0)
-    dark = int((ds.itrans <= 0).sum())
-    if i0 == "brightest": ds = flag(ds, "the bare beam is taken from the brightest 5 % of the pixels: right only if they are empty")
-    return flag(ds, f"{dark} pixel values without counts have no absorption") if dark else ds
