@@ -90,6 +90,7 @@ def say(
     kind:str="plain", # plain, note (a frame) or warn (a colored frame)
 )->Html:
     "Sentences on the page, shown as text."
+    if not any(sentences): return Html("")
     return Html(f"<div class='bn-say bn-{escape(kind)}'>" + "".join(f"<p>{escape(str(s))}</p>" for s in sentences if s) + "</div>")
 
 def heading(
@@ -1406,7 +1407,8 @@ def run_template(
     logging.getLogger("papermill").setLevel(logging.ERROR)
     target, error = work.absolute()/f"{job.page}.ipynb", ""
     check_parameters(job.template, parameters)
-    try: pm.execute_notebook(str(job.template.absolute()), str(target), parameters, kernel_name="python3", progress_bar=False, cwd=str(cwd), start_timeout=120)
+    options = dict(kernel_name="python3", progress_bar=False, cwd=str(cwd), start_timeout=120, request_save_on_cell_execute=False, autosave_cell_every=0)
+    try: return pm.execute_notebook(str(job.template.absolute()), str(target), parameters, **options), error
     except pm.PapermillExecutionError as e: error = f"{e.ename}: {e.evalue}"
     return nbformat.read(target, as_version=4), error
 
@@ -1477,6 +1479,8 @@ def take_out(
             data = out.get("data", {})
             metrics += data.pop(METRICS, [])
             picture_ = data.pop(THUMBNAIL, picture_)
+            if data.get("text/html") == "": data.clear()
+        if "outputs" in cell: cell.outputs = [o for o in cell.outputs if o.get("data", True)]
     return metrics, picture_
 
 def render(

@@ -213,7 +213,7 @@ def test_lno_files_are_chained_by_their_absolute_start():
     assert both.half_cycle.values[n - 1] == both.half_cycle.values[n + 6] # the charge goes on
     assert int(both.half_cycle.max()) + 1 == 8 and np.unique(both.cycle).tolist() == [0, 1, 2, 3, 4]
     assert both.cycle.dtype == np.int32 and (np.diff(both.cycle) >= 0).all()
-    assert set(both.source.values.tolist()) == {f.name for f in LNO.glob("*.mpt")}
+    assert set(both.file.values.tolist()) == {0, 1} and both.attrs["source"] == ", ".join(f.name for f in sorted(LNO.glob("*.mpt")))
     assert any("follows 26.5" in f for f in flags(both))
     samples = oracle("operando_alignment")["result"]["samples"]
     for s in samples: # start stamps against the voltage, as in the oracle

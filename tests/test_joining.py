@@ -8,7 +8,7 @@ import xarray as xr
 from batt_nb.campaign.joining import align, find_gaps, integrate_lines
 from batt_nb.campaign.protocol import half_cycle_table, protocol_differences, same_protocol
 from batt_nb.campaign.state import charge_state, theoretical_capacity
-from batt_nb.core import BattError, flags, history, seconds_on
+from batt_nb.core import BattError, flags, history
 from conftest import DATA, needs_data, oracle
 
 START = "2024-03-01T08:00:00"
@@ -169,6 +169,16 @@ def test_clocks_that_do_not_overlap_are_an_error_with_both_ranges():
     with pytest.raises(BattError, match="known time"): align(frames([np.nan]), half_cell())
     with pytest.raises(BattError, match="start_time"): align(frames([10.0]).drop_attrs(), half_cell())
     with pytest.raises(BattError, match="one record"): align(frames([10.0]), half_cell(), half_cell())
+
+
+def test_a_clock_that_counts_from_the_cyclers_start_needs_no_date():
+    state = half_cell()
+    dated = align(frames([5000.0], 60.0), state)
+    undated = state.copy(); undated.attrs.pop("start_time")
+    ds = frames([1000.0], 60.0, clock_offset=4000.0, relative_to="echem"); ds.attrs.pop("start_time")
+    assert float(align(ds, undated).voltage[0]) == pytest.approx(float(dated.voltage[0]))
+    ds.attrs["clock_offset"] = 1e7
+    with pytest.raises(BattError, match="clocks do not overlap.* s, cycler"): align(ds, undated)
 
 
 def test_lazy_frames_stay_lazy():

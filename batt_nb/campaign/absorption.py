@@ -40,7 +40,7 @@ def energy_in_ev(
     if high*(1000 if said == "kev" else 1) > 2e5: raise BattError(f"the energy axis reaches {high:g}: beyond the absorption edges of all elements", file=file, key="energy", mend="name the energy column: columns = {energy = ..., mu = ...}")
     if said == "ev" or not said and low >= 120: return e, ""
     if said == "kev": return e*1000, "energies were in keV"
-    if high <= 40 and high/low < 2: return e*1000, f"the file gives no unit of energy: {low:g} to {high:g} is taken as keV"
+    if high <= 40 and high/low < 1.4: return e*1000, f"the file gives no unit of energy: {low:g} to {high:g} is taken as keV"
     raise BattError(f"the file gives no unit of energy, and {low:g} to {high:g} could be eV or keV, or no photon energy", file=file, key="units", mend="give the hint units = 'eV' or 'keV', or name the energy column")
 
 # %% ../../nbs/campaign/32_absorption.ipynb #7c5ee494
@@ -164,22 +164,33 @@ def _titles(header, n):
     return []
 
 # %% ../../nbs/campaign/32_absorption.ipynb #5c1ffb29
+def _plain(
+    lines:list[str], # the lines from the first row of numbers on
+)->np.ndarray|None: # numbers (row, column); None where the lines hold anything else
+    "The numbers of plain columns, quickly."
+    if any("," in line or ";" in line for line in lines): return None
+    try: return np.loadtxt(lines, ndmin=2, comments=None)
+    except ValueError: return None
+
+# %% ../../nbs/campaign/32_absorption.ipynb #f3899246
 def table(
     path, # a text file that ends in rows of numbers
     text:str|None=None, # its text, where it has been read already
 )->tuple[list, list, np.ndarray]: # header lines, titles of the columns ([] where there are none), numbers (row, column)
     "Take a column file apart, and refuse one that is cut."
     header, rows, file = [], [], Path(path).name
-    for n, line in enumerate((text or read_text(path)).splitlines(), 1):
+    lines = (text or read_text(path)).splitlines()
+    for n, line in enumerate(lines, 1):
         if not line.strip(): continue
         row = None if line.lstrip()[0] in "#%!*" else numbers(line)
         if row is None:
             if rows and line.lstrip()[0] not in "#%!*": raise BattError(f"line {n} holds words among the numbers: {line.strip()[:40]!r}", file=file, mend="one spectrum a file; remove the line if it is a remark")
             if not rows: header.append(line.strip())
             continue
+        if not rows and (plain := _plain(lines[n - 1:])) is not None: rows = plain; break
         if rows and len(row) != len(rows[0]): raise BattError(f"line {n} has {len(row)} columns, the lines before have {len(rows[0])}: the file is cut or damaged", file=file, mend="copy it again from the instrument")
         rows.append(row)
-    if not rows: raise BattError("the file holds no rows of numbers", file=file, mend="check that it is a spectrum")
+    if not len(rows): raise BattError("the file holds no rows of numbers", file=file, mend="check that it is a spectrum")
     if len(rows[0]) < 2: raise BattError("the file holds one column: a list of energies, not a spectrum", file=file, mend="leave it out, or give the file that holds the absorption too")
     return header, _titles(header, len(rows[0])), np.array(rows)
 
@@ -299,9 +310,10 @@ def is_columns(
     try:
         _, names, rows = table(path, start.decode("utf-8", errors="replace"))
         i = assign_roles(names).get("energy", 0)
-        e, _ = energy_in_ev(rows[:, i], split_unit(names[i])[1] if names else "")
+        e, converted = energy_in_ev(rows[:, i], split_unit(names[i])[1] if names else "")
     except BattError: return False
-    return len(e) >= 3 and np.nanmax(e)/np.nanmin(e) < 4 and float((np.diff(e) >= 0).mean()) > 0.9
+    if converted and not names and rows.shape[1] > 2: return False  # small numbers, no titles, an error column: a diffraction pattern
+    return len(e) >= 3 and np.nanmax(e)/np.nanmin(e) < 4 and float((np.diff(e) > 0).mean()) > 0.9
 
 # %% ../../nbs/campaign/32_absorption.ipynb #6f04da65
 _EXTRANORMAL = {"exposure": r"Time from start \(seconds\)\s*=\s*(\S+)", "eshift": r"Eshift\s*=\s*(\S+)", "header_e0": r"# E0\s*=\s*(\S+)",

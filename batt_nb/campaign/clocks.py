@@ -152,20 +152,19 @@ class Noise:
     def __post_init__(self):
         from scipy.linalg import cholesky_banded
         self.w = np.ones(len(self.t)) if self.weight is None else self.weight
-        self.logdet, self.band = -np.log(self.w).sum(), None
+        self.logdet, self.factor = -np.log(self.w).sum(), None
         if not self.gamma: return
         phi, v = np.exp(-np.diff(self.t)/self.tau), -np.expm1(-2*np.diff(self.t)/self.tau)
         diagonal = 1 + np.append(phi**2/v, 0) + np.insert(1/v - 1, 0, 0)
-        self.band = np.stack([diagonal/self.gamma + self.w, np.append(-phi/v, 0)/self.gamma])
-        factor = cholesky_banded(self.band, lower=True)
-        self.logdet += len(self.t)*np.log(self.gamma) + 2*np.log(factor[0]).sum() + np.log(v).sum()
+        self.factor = cholesky_banded(np.stack([diagonal/self.gamma + self.w, np.append(-phi/v, 0)/self.gamma]), lower=True, check_finite=False)
+        self.logdet += len(self.t)*np.log(self.gamma) + 2*np.log(self.factor[0]).sum() + np.log(v).sum()
 
     def gram(self, z): # (frame, candidate, column) -> (candidate, column, column)
         "Weighted products of all columns, for every candidate."
-        from scipy.linalg import solveh_banded
+        from scipy.linalg import cho_solve_banded
         wz = z*self.w[:, None, None]
-        if self.band is not None:
-            wz -= self.w[:, None, None]*solveh_banded(self.band, wz.reshape(len(z), -1), lower=True, check_finite=False).reshape(z.shape)
+        if self.factor is not None:
+            wz -= self.w[:, None, None]*cho_solve_banded((self.factor, True), wz.reshape(len(z), -1), check_finite=False).reshape(z.shape)
         return np.matmul(z.transpose(1, 2, 0), wz.transpose(1, 0, 2))
 
 # %% ../../nbs/campaign/62_clocks.ipynb #87849ea2
@@ -180,6 +179,18 @@ def _rss(
     b = np.linalg.solve(normal, rhs[..., None])[..., 0]
     rss = d[:, -1]**2*np.maximum(1 - (rhs*b).sum(-1), 1e-14)
     return rss, np.linalg.slogdet(normal)[1] + 2*np.log(d[:, :-1]).sum(-1), b*d[:, -1:]/d[:, :-1]
+
+# %% ../../nbs/campaign/62_clocks.ipynb #2b38e229
+def _restricted(
+    z:np.ndarray, # (frame, candidate, column + 1), the data last
+    noises:list, # of Noise
+)->np.ndarray: # (noise, candidate)
+    "Log likelihood without the linear parameters and the scale of the noise."
+    plain = _rss(np.matmul(z.transpose(1, 2, 0), z.transpose(1, 0, 2)))[1]
+    def one(noise):
+        rss, logdet, _ = _rss(noise.gram(z))
+        return -(noise.logdet + logdet - plain + (len(z) - z.shape[-1] + 1)*np.log(rss))/2
+    return np.stack([one(noise) for noise in noises])
 
 # %% ../../nbs/campaign/62_clocks.ipynb #8e40ce3c
 @dataclass
@@ -208,54 +219,56 @@ class Model:
         slow = [col for j in range(1, self.aging+1) for col in (full(self.z**j), full(self.z**j)*powers[0].T)]
         return np.stack([full(np.ones(len(self.z))), *(p.T for p in powers), *slow, full(self.frames.y)], -1)
 
-    def rss(self, c, d, noise): # (candidate,)
-        "The smallest sum of squares at every candidate, in blocks of about 25 MB."
+    def likelihood(self, c, d, noises): # (noise, candidate)
+        "Log likelihood of every noise at every candidate, in blocks of about 25 MB."
         c, d = (np.ravel(x) for x in np.broadcast_arrays(c, d))
         block = max(1, int(3e6/len(self.frames)/(self.columns + 1)))
-        return np.concatenate([_rss(noise.gram(self.design(c[i:i+block], d[i:i+block])))[0] for i in range(0, len(c), block)])
+        return np.concatenate([_restricted(self.design(c[i:i+block], d[i:i+block]), noises) for i in range(0, len(c), block)], 1)
 
 # %% ../../nbs/campaign/62_clocks.ipynb #c1bf593d
-def _fit_noise(
-    model:Model,
-    c:float, d:float, # s and s/s, where the clock is believed to be
-    noise:Noise, # the noise so far
-    doubt:bool=True, # weight frames by what the cycler's rows leave open
-)->Noise:
-    "White noise and misfit by restricted likelihood."
-    t, z = model.frames.t, model.design(c, d)
-    weight = None
-    if doubt:
-        rss, _, b = _rss(noise.gram(z))
-        gain = b[0, 1] + (model.z*b[0, -1] if model.aging else 0)
-        weight = 1/(1 + gain**2*model.curve.unsure(model.times(c, d)[0], model.frames.width)*model.freedom/rss[0])
+def _choices(t:np.ndarray)->list[tuple[float, float]]: # pairs of gamma and tau (s); the first is white
+    "The noises that are considered for frames at times t."
     cadence, length = np.median(np.diff(t)), t[-1] - t[0]
-    choices = [(0.0, 1.0)] + [(g, tau) for tau in np.geomspace(3*cadence, max(length/4, 6*cadence), 5) for g in np.geomspace(0.003, 300, 11)]
-    def likelihood(candidate):
-        rss, logdet, _ = _rss(candidate.gram(z))
-        return -(candidate.logdet + logdet[0] + (len(t) - model.columns)*np.log(rss[0]))/2
-    return max((Noise(t, g, tau, weight) for g, tau in choices), key=likelihood)
+    return [(0.0, 1.0)] + [(g, tau) for tau in np.geomspace(3*cadence, max(length/4, 6*cadence), 4) for g in (0.03, 0.3, 3.0, 30.0, 300.0)]
+
+def _total(logs:np.ndarray)->np.ndarray: # (noise, ...) -> (...)
+    "Log of the summed likelihood of all noises."
+    return logs.max(0) + np.log(np.exp(logs - logs.max(0)).sum(0))
+
+def _keep(choices, logs): # the choices worth keeping, and the likeliest of them
+    "Drop the noises that are a thousand times less likely than the best."
+    top = logs.reshape(len(logs), -1).max(1)
+    return [choice for choice, value in zip(choices, top, strict=True) if value > top.max() - 7], choices[top.argmax()]
 
 # %% ../../nbs/campaign/62_clocks.ipynb #9a444b55
-def _group(frames:Frames, most:int=600)->Frames: # fewer, longer frames
+def _weight(
+    model:Model,
+    c:float, d:float, # s and s/s, where the clock is believed to be
+    noise:Noise, # the likeliest so far
+)->np.ndarray: # (frame,) 1 where the reference is certain
+    "Less weight for frames whose average the cycler's rows do not fix."
+    rss, _, b = _rss(noise.gram(model.design(c, d)))
+    gain = b[0, 1] + (model.z*b[0, -1] if model.aging else 0)
+    return 1/(1 + gain**2*model.curve.unsure(model.times(c, d)[0], model.frames.width)*model.freedom/rss[0])
+
+# %% ../../nbs/campaign/62_clocks.ipynb #7ec153e1
+def _group(frames:Frames, most:int=300)->tuple[Frames, int]: # fewer, longer frames; how many went into one
     "Average neighboring frames, for the scan of a long series."
     m = -(-len(frames)//most)
-    if m == 1: return frames
+    if m == 1: return frames, 1
     first = np.arange(0, len(frames) - m + 1, m)
     end = frames.u[first+m-1] + frames.width[first+m-1]
-    return Frames(frames.t[first], frames.u[first], end - frames.u[first], np.stack([frames.y[first+i] for i in range(m)]).mean(0))
+    return Frames(frames.t[first], frames.u[first], end - frames.u[first], np.stack([frames.y[first+i] for i in range(m)]).mean(0)), m
 
 def _scan(
     model:Model,
     candidates:np.ndarray, # (candidate,) s
-)->tuple[np.ndarray, Noise]: # chi² above the best, the noise
-    "The profile over the whole range, with the noise that the best offset leaves."
-    noise, last = Noise(model.frames.t), None
-    for _ in range(4):
-        rss = model.rss(candidates, 0.0, noise)
-        if rss.argmin() == last: break
-        last = rss.argmin()
-        noise = _fit_noise(model, candidates[last], 0.0, noise, doubt=False)
-    return model.freedom*np.log(rss/rss.min()), noise
+    choices:list, # gamma and tau of the noises
+)->tuple[np.ndarray, list, tuple]: # chi² above the best, the noises kept, the likeliest
+    "The profile over the whole range, all noises summed."
+    logs = model.likelihood(candidates, 0.0, [Noise(model.frames.t, *choice) for choice in choices])
+    total = _total(logs)
+    return 2*(total.max() - total), *_keep(choices, logs)
 
 # %% ../../nbs/campaign/62_clocks.ipynb #6b37e363
 @dataclass
@@ -282,36 +295,51 @@ def _moments(x, d, p, cell=(0.0, 0.0)): # p sums to 1; cell: spacing of the grid
     return Belief(mx, md, (p*(x-mx)**2).sum() + cell[0]**2/12, (p*(x-mx)*(d-md)).sum(), (p*(d-md)**2).sum() + cell[1]**2/12)
 
 # %% ../../nbs/campaign/62_clocks.ipynb #a03da562
-def _probability(model, noise, c, d, prior): # (candidates) -> sums to 1
-    "Likelihood with everything linear projected out, times the prior of the drift."
-    log = -model.freedom/2*np.log(model.rss(c, d, noise).reshape(np.shape(c))) - (0.5*(d/prior)**2 if prior else 0)
+def _probability(logs, d, prior): # (noise, all cells) -> like d, sums to 1
+    "The likelihood of all noises times the prior of the drift."
+    log = _total(logs).reshape(np.shape(d)) - (0.5*(d/prior)**2 if prior else 0)
     p = np.exp(log - log.max())
     return p/p.sum()
 
-def _refine(
-    model:Model,
-    lo:float, hi:float, # s, where the scan left the offset
-    noise:Noise,
+def _zoom(
+    model:Model, belief:Belief, # about the offset in the middle and the drift
+    choices:list, # gamma and tau of the noises
     prior:float, # s/s, standard deviation of the drift beforehand; 0: no drift
-)->tuple[Belief, Noise]:
-    "Zoom in on the likelihood of offset and drift."
-    belief = Belief((lo+hi)/2, 0.0, ((hi-lo)/10)**2, 0.0, (prior/1.5)**2)
-    for _ in range(3):
-        x, d = belief.grid(15, 5 if prior else 1)
-        x = np.broadcast_to(x[:, None], d.shape)
-        cell = (x[1, 0] - x[0, 0], d[0, 1] - d[0, 0] if prior else 0.0)
-        belief = _moments(x, d, _probability(model, noise, x, d, prior), cell)
-        noise = _fit_noise(model, belief.x, belief.d, noise)
-    return belief, noise
+    weight=None, # (frame,)
+)->tuple[Belief, list, tuple]: # the new belief, the noises kept, the likeliest
+    "One look at the likelihood around a belief."
+    x, d = belief.grid(15, 5 if prior else 1)
+    x = np.broadcast_to(x[:, None], d.shape)
+    logs = model.likelihood(x, d, [Noise(model.frames.t, *choice, weight) for choice in choices])
+    cell = (x[1, 0] - x[0, 0], d[0, 1] - d[0, 0] if prior else 0.0)
+    return _moments(x, d, _probability(logs, d, prior), cell), *_keep(choices, logs)
 
 def _table(
-    model:Model, belief:Belief, noise:Noise, prior:float,
+    model:Model, belief:Belief, choices:list, prior:float, weight=None,
 )->tuple[np.ndarray, np.ndarray, Belief]: # offsets at time 0 (s), their probability, the belief
     "The likelihood of the offset at the frames' time 0, drift integrated out."
-    x, d = belief.at_zero(model.middle).grid(33, 11 if prior else 1)
+    x, d = belief.at_zero(model.middle).grid(25, 7 if prior else 1)
     offset = np.broadcast_to(x[:, None], d.shape)
-    p = _probability(model, noise, offset + d*model.middle, d, prior)
+    logs = model.likelihood(offset + d*model.middle, d, [Noise(model.frames.t, *choice, weight) for choice in choices])
+    p = _probability(logs, d, prior)
     return x, p.sum(1), _moments(offset, d, p)
+
+# %% ../../nbs/campaign/62_clocks.ipynb #db960a2f
+def _refine(
+    scan:Model, model:Model, # grouped frames, all frames
+    lo:float, hi:float, # s, where the scan left the offset
+    choices:list, m:int, # gamma and tau of the noises; frames in a group
+    prior:float, # s/s
+)->tuple[Belief, list, Noise, np.ndarray]: # belief about the middle, noises kept, the likeliest, weights
+    "From the valley to the offset in the middle of the series."
+    belief, grouped = Belief((lo+hi)/2, 0.0, ((hi-lo)/10)**2, 0.0, (prior/1.5)**2), [(g*m, tau) for g, tau in choices]
+    for _ in range(2): belief, grouped, best = _zoom(scan, belief, grouped, prior)
+    belief = replace(belief, xx=4*belief.xx, xd=4*belief.xd, dd=4*belief.dd) if m > 1 else belief
+    weight, kept, best = None, [(g/m, tau) for g, tau in grouped], (best[0]/m, best[1])
+    for _ in range(2):
+        weight = _weight(model, belief.x, belief.d, Noise(model.frames.t, *best, weight))
+        belief, kept, best = _zoom(model, belief, kept, prior, weight)
+    return belief, kept, Noise(model.frames.t, *best, weight), weight
 
 # %% ../../nbs/campaign/62_clocks.ipynb #39cc39f4
 CLEAR = 25.0 # χ² that counts as clear
@@ -436,15 +464,16 @@ def find_offset(
     if reason := _hopeless(part, len(frames), spread, s, max_offset, 11 + response + 2*aging, follows):
         return _answer(candidates, reason, remarks, **own)
     curve = Curve(t, (s - s.mean())/s.std(), response)
-    scan = Model(_group(part), curve, aging)
-    own["profile"], noise = _scan(scan, candidates)
-    lo, hi, reason = _valley(scan, candidates, own["profile"], noise, max_drift, follows)
+    (grouped, m), choices = _group(part), _choices(part.t)
+    scan = Model(grouped, curve, aging)
+    own["profile"], _, best = _scan(scan, candidates, [(g*m, tau) for g, tau in choices])
+    lo, hi, reason = _valley(scan, candidates, own["profile"], Noise(grouped.t, *best), max_drift, follows)
     if reason: return _answer(candidates, reason, remarks, **own | dict(offset_lower=lo, offset_upper=hi))
     part, spread = _select(frames, t, lo, hi, max_drift, max_gap)
     model, prior = Model(part, curve, aging), max_drift/2
-    belief, noise = _refine(model, lo, hi, Noise(part.t, noise.gamma, noise.tau), prior)
+    belief, kept, noise, weight = _refine(replace(scan, frames=_group(part)[0]), model, lo, hi, choices, _group(part)[1], prior)
     chi2, share, sigma = _evidence(model, belief.x, belief.d, noise)
     own |= dict(offset_lower=lo, offset_upper=hi, frames=len(part), residual_sigma=sigma*spread, misfit_sigma=sigma*spread*np.sqrt(noise.gamma), misfit_time=noise.tau)
     if reason := _doubts(chi2, share, follows): return _answer(candidates, reason, remarks, **own)
-    numbers, remark = _report(*_table(model, belief, noise, prior), prior, level)
+    numbers, remark = _report(*_table(model, belief, kept, prior, weight), prior, level)
     return _answer(candidates, "", [*remarks, *filter(None, [remark])], **own | numbers | dict(identifiable=1))

@@ -11,7 +11,6 @@ __all__ = ['UNITS', 'KINDS', 'QUANTITIES', 'NAMES', 'ECLAB', 'ARBIN_UNITS', 'MAC
 
 # %% ../../nbs/campaign/31_cyclers.ipynb #57c74636
 import csv
-import io
 import re
 import struct
 import warnings

@@ -8,7 +8,6 @@ __all__ = ['FORMATS', 'READER', 'doubted', 'mend_clock', 'check_stamps', 'direct
            'repeated', 'tidy', 'read_echem', 'combine']
 
 # %% ../../nbs/campaign/30_electrochemistry.ipynb #78be342a
-import json
 from bisect import bisect_right
 from functools import partial
 from pathlib import Path
@@ -377,8 +376,7 @@ def combine(
 )->xr.Dataset: # one Dataset on the clock of the earliest part
     "Chain the files of one cell by their absolute start."
     if not parts: raise BattError("there is no file to combine", key="files", mend="name at least one")
-    sources = lambda ds: ds.assign_coords(source=("time", np.full(ds.sizes["time"], ds.attrs.get("source", ""))))
-    if len(parts) == 1: return sources(parts[0])
+    if len(parts) == 1: return parts[0]
     parts, seconds = _ordered(parts)
     chain, said = [parts[0]], []
     for ds, after in zip(parts[1:], seconds[1:], strict=True):
@@ -386,7 +384,8 @@ def combine(
         chain.append(ds); said.append(sentence)
     shared = [v for v in chain[0].data_vars if all(v in ds for ds in chain)]
     lost = sorted({str(v) for ds in chain for v in ds.data_vars} - set(map(str, shared)))
-    out = xr.concat([sources(ds[shared]) for ds in chain], "time", combine_attrs="drop_conflicts")
+    out = xr.concat([ds[shared].assign_coords(file=("time", np.full(ds.sizes["time"], k, "int16"))) for k, ds in enumerate(chain)], "time", combine_attrs="drop_conflicts")
+    out["file"].attrs = {"units": "1", "long_name": "File"}
     out["half_cycle"] = ("time", half_cycles(out.current.values), out.half_cycle.attrs)
     out.attrs |= {"start_time": parts[0].start_time, "source": ", ".join(ds.attrs.get("source", "") for ds in parts)}
     out.attrs.pop("flags", None)

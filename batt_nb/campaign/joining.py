@@ -10,7 +10,7 @@ __all__ = ['AVERAGED', 'STATE', 'integrate_lines', 'integrate_steps', 'find_gaps
 import numpy as np
 import xarray as xr
 
-from ..core import BattError, absolute_time, flag, label, require, seconds_on, step
+from ..core import BattError, absolute_time, flag, require, seconds_on, step
 from .state import BRANCH_ATTRS, charge_state
 
 # %% ../../nbs/campaign/64_joining.ipynb #ba4c6ebf

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from .manifest import KINDS
 from .sources import Reader, is_archive, materialize, members, natural, resolve, unpack
-from ..core import BattError, flag, label, record
+from ..core import BattError, flag, label, record, start_instant
 
 # %% ../../nbs/campaign/40_reading.ipynb #8fee600e
 _READERS = {"echem": "electrochemistry", "xas": "absorption", "xrd": "diffraction", "xct": "imaging", "nmr": "resonance"}
@@ -50,8 +50,8 @@ def find_format(
         with open(path, "rb") as f: head = f.read(4096)
         if not head: raise BattError("the file is empty", file=path, mend="copy it again from the instrument")
     else: head = b""
-    fits = [(t, f) for t in ([technique] if technique else KINDS) for f in reader(t).formats if f.sniff(path, head)]
-    fits = [(t, f) for t, f in fits if not f.generic] or fits
+    known = [(t, f) for t in ([technique] if technique else KINDS) for f in reader(t).formats]
+    fits = [(t, f) for t, f in known if not f.generic and f.sniff(path, head)] or [(t, f) for t, f in known if f.generic and f.sniff(path, head)]
     if len({t for t, _ in fits}) > 1:
         raise BattError(f"the file could be {' or '.join(f'{f.name} ({t})' for t, f in fits)}", file=path, mend=f"say which: read(path, technique={fits[0][0]!r})")
     return fits[0] if fits else None
@@ -139,7 +139,7 @@ def set_clock(
         ds = ds.assign_coords(exposure=("time", np.full(ds.sizes["time"], clock.exposure_s)))
     attrs = {"timezone": clock.timezone, "relative_to": clock.relative_to, "clock_offset": clock.offset_s, "clock_drift": clock.drift}
     if clock.start:
-        if ds.attrs.get("start_time", clock.start) != clock.start:
+        if "start_time" in ds.attrs and start_instant(ds.assign_attrs(timezone=clock.timezone)) != start_instant(xr.Dataset(attrs={"start_time": clock.start, "timezone": clock.timezone})):
             raise BattError(f"the files start at {ds.start_time}, the manifest says {clock.start}", key="clock.start", mend="leave clock.start out, and give clock.offset_s if the instrument's clock was off")
         attrs["start_time"] = clock.start
     return label(ds.assign_attrs({k: v for k, v in attrs.items() if v != "" and v != 0.0}))

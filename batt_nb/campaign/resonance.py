@@ -45,15 +45,16 @@ def audit_times(
 def acquisition_time(
     acqus:dict, # Bruker's acquisition parameters
     audit:str, # text of audita.txt, may be empty
+    rows:int=1, # decays in the experiment
 )->tuple: # (start as ISO 8601 or "", duration in s or None, remarks)
     "Start and duration of an acquisition."
     begin, end = audit_times(audit)
     if begin: return begin.isoformat(), (end - begin).total_seconds(), []
     stamp, scans = acqus.get("DATE"), acqus.get("NS")
-    seconds = float(scans)*(float(acqus["TD"])/2/float(acqus["SW_h"]) + float(acqus["D"][1])) if scans and acqus.get("SW_h") and len(acqus.get("D", [])) > 1 else None
+    seconds = rows*float(scans)*(float(acqus["TD"])/2/float(acqus["SW_h"]) + float(acqus["D"][1])) if scans and acqus.get("SW_h") and len(acqus.get("D", [])) > 1 else None
     if not stamp: return "", seconds, ["the folder does not say when it was recorded"]
     at = datetime.fromtimestamp(float(stamp) - (seconds or 0), timezone.utc).isoformat()
-    return at, seconds, [f"no audit trail: the start is DATE less the {seconds:.0f} s that {scans} scans take; it is wrong by as much if DATE is the start" if seconds
+    return at, seconds, [f"no audit trail: the start is DATE less the {seconds:.0f} s that its scans take; it is wrong by as much if DATE is the start" if seconds
                          else "no audit trail and no duration: DATE is taken as the start, it may be the end"]
 
 # %% ../../nbs/campaign/38_resonance.ipynb #be12c181
@@ -127,15 +128,16 @@ def read_bruker(
     "A Bruker experiment: the decay, and the spectrum where TopSpin made one."
     path = Path(path)
     acqus, procs, audit, title = bruker_parameters(path)
-    start, seconds, remarks = acquisition_time(acqus, audit)
-    ds, parameters = xr.Dataset(), _signal_attrs(acqus, procs)
-    if (path/"fid").exists() or (path/"ser").exists():
-        data, said = bruker_signal(path, acqus)
-        ds["signal"] = xr.DataArray(data, dims=("frame", "acquisition_time")[2 - data.ndim:], attrs=parameters)
+    data, remarks = bruker_signal(path, acqus) if (path/"fid").exists() or (path/"ser").exists() else (None, [])
+    start, seconds, said = acquisition_time(acqus, audit, len(data) if np.ndim(data) == 2 else 1)
+    ds, remarks = xr.Dataset(), remarks + said
+    if data is not None:
+        ds["signal"] = xr.DataArray(data, dims=("frame", "acquisition_time")[2 - data.ndim:], attrs=_signal_attrs(acqus, procs))
         ds = ds.assign_coords(acquisition_time=np.arange(data.shape[-1])/float(acqus["SW_h"]))
-        if data.ndim == 2: ds, more = _row_times(ds, path, seconds if start else None, frame_time_s); said += more
+        if data.ndim == 2:
+            ds, said = _row_times(ds, path, seconds, frame_time_s)
+            remarks += said
         elif seconds: ds = ds.assign_coords(exposure=seconds)
-        remarks += said
     if (spectrum := bruker_spectrum(path, procs)) is not None: ds["spectrum"] = spectrum
     if not ds.data_vars: raise BattError("the folder holds neither a decay nor a spectrum", file=path.name, mend="copy fid, ser or pdata/1/1r too")
     ds = ds.assign_attrs(_dataset_attrs(acqus, title, path) | ({"start_time": start} if start else {}))
@@ -175,7 +177,7 @@ def _row_times(ds, path, seconds, frame_time_s):
     row = frame_time_s or (seconds/n if seconds else None)
     if row is None: return ds.assign_coords(frame=np.arange(n)), ["the times of the rows are unknown: give frame_time_s"]
     ds = ds.rename(frame="time").assign_coords(time=np.arange(n)*float(row))
-    return ds, [f"row times are inferred: row i starts at i x {row:g} s" + ("" if frame_time_s else ", the duration by the audit trail over the rows")]
+    return ds, [f"row times are inferred: row i starts at i x {row:g} s" + ("" if frame_time_s else ", the whole duration over the rows")]
 
 def read_delays(
     path, # a Bruker list of delays
@@ -309,7 +311,7 @@ def _profile_values(lines, head, name):
     return data
 
 def _as_profile(data, fov, name):
-    if not np.isscalar(fov) or not float(fov) > 0: raise BattError(f"{fov!r} is no field of view", file=name, key="field_of_view_mm", mend="give mm, a positive number")
+    if not isinstance(fov, (int, float)) or not 0 < fov < np.inf: raise BattError(f"{fov!r} is no field of view", file=name, key="field_of_view_mm", mend="give mm, a positive number")
     step_um = float(fov)*1e3/len(data)
     da = xr.DataArray(data, {"z": np.arange(len(data))*step_um}, ("z",), name="signal", attrs={"long_name": "MRI profile (arbitrary units)"})
     return da, [f"positions are inferred: {float(fov):g} mm over {len(data)} points, {step_um:g} µm each, from the hint field_of_view_mm"]
@@ -363,7 +365,7 @@ def _series_times(parts, by, frame_time_s, start):
         instants = np.array([absolute_time(p.assign_coords(time=0.0))[()] for p in parts])
         return "time", (instants - instants[0]).astype("int64")/1e9, {"start_time": parts[0].attrs["start_time"]}, []
     if frame_time_s:
-        if not float(frame_time_s) > 0: raise BattError(f"{frame_time_s!r} is no time", key="frame_time_s", mend="give seconds, a positive number")
+        if not isinstance(frame_time_s, (int, float)) or not 0 < frame_time_s < np.inf: raise BattError(f"{frame_time_s!r} is no time", key="frame_time_s", mend="give seconds, a positive number")
         return "time", np.arange(n)*float(frame_time_s), given, [f"times are inferred: file i, counted by {by} without gaps, starts at i x {float(frame_time_s):g} s"]
     return "frame", np.arange(n), given, [f"{n} files are in the order of their {by}; when they were taken is unknown: give frame_time_s"]
 
@@ -377,7 +379,7 @@ def _stacked(parts, dim):
                 raise BattError(f"{name} is not on the axis of {parts[0].attrs['source']}", file=p.attrs["source"], key=axis, mend="read files of one setting as a series; transform decays with a common zero_fill and reference")
             if (odd := [k for k, v in parts[0][name].attrs.items() if p[name].attrs.get(k) != v]): raise BattError(f"{odd[0]} changes from file to file", file=p.attrs["source"], key=odd[0], mend="read files of one setting as a series")
     drop = lambda p: p[names].drop_vars(["experiment", "exposure"], errors="ignore")
-    return xr.concat([drop(p) for p in parts], dim, combine_attrs="drop")
+    return xr.concat([drop(p) for p in parts], dim, combine_attrs="override").drop_attrs(deep=False)
 
 def _with_source(ds):
     dim = "time" if "time" in ds.dims else "frame"

@@ -116,9 +116,10 @@ class CodedFrames(Frames):
         out = np.empty((stop - start, *self.shape[1:]), self.dtype)
         try:
             with tifffile.TiffFile(self.path) as t:
-                for i, page in enumerate(self.pages[start:stop]): out[i] = t.pages[int(page)].asarray()
+                for image, page in zip(out, self.pages[start:stop], strict=True): image[...] = t.pages[int(page)].asarray()
         except Exception as e:
-            raise BattError(f"frame {start + i} cannot be decoded ({e})", file=Path(self.path).name, mend="copy it again from the instrument") from e
+            mend = "install imagecodecs (pip install imagecodecs)" if "imagecodecs" in str(e) else "copy it again from the instrument"
+            raise BattError(f"frames {start} to {stop - 1} cannot be decoded ({e})", file=Path(self.path).name, mend=mend) from e
         return out
 
 # %% ../../nbs/campaign/34_stacks.ipynb #2bc821c1
@@ -149,6 +150,7 @@ def open_tiff(
     import tifffile
     try:
         with tifffile.TiffFile(path) as t:
+            _check_chain(t, path)
             series = t.series[0]
             meta = t.imagej_metadata or {}
             facts = {"series": len(t.series), "shapes": [s.shape for s in t.series], "said": int(meta.get("images", 0)), "unit": meta.get("unit"),
@@ -157,6 +159,14 @@ def open_tiff(
     except BattError: raise
     except Exception as e:
         raise BattError(f"the TIFF cannot be opened ({e})", file=Path(path).name, mend="copy it again from the instrument; it may be cut short, or no TIFF at all") from e
+
+def _check_chain(t, path):
+    "Refuse a file whose last page points to a next one beyond its end: tifffile stops there in silence."
+    import struct
+    form, f, last = t.tiff, t.filehandle, t.pages[-1].offset
+    f.seek(last); tags, = struct.unpack(form.tagnoformat, f.read(form.tagnosize))
+    f.seek(last + form.tagnosize + tags*form.tagsize); following, = struct.unpack(form.offsetformat, f.read(form.offsetsize))
+    if following >= f.size: raise _cut(path, f"{len(t.pages)} pages and the next at byte {following}", f.size, following)
 
 def _lead(series):
     "Axes before y and x, those of length 1 left out."
@@ -182,7 +192,7 @@ def _tiff_frames(path, t, series):
     return PlainFrames(*common, offsets, t.byteorder)
 
 def _cut(path, what, size, need):
-    return BattError(f"the file is cut short: {what} need {need} bytes, it has {size}", file=Path(path).name, mend="copy it again from the instrument")
+    return BattError(f"the file is cut short: {what} need more than {need - 1} bytes, it has {size}", file=Path(path).name, mend="copy it again from the instrument")
 
 # %% ../../nbs/campaign/34_stacks.ipynb #b50e521e
 def same_channels(
@@ -231,7 +241,7 @@ def image_dataset(
     return label(flag(ds, *remarks, *_not_finite(ds)))
 
 def _positive(value, path):
-    if not np.isscalar(value) or not np.isfinite(float(value)) or float(value) <= 0: raise BattError(f"{value!r} is no pixel size", file=Path(path).name, key="pixel_size_um", mend="give µm a pixel, a positive number")
+    if not isinstance(value, (int, float)) or not 0 < value < np.inf: raise BattError(f"{value!r} is no pixel size", file=Path(path).name, key="pixel_size_um", mend="give µm a pixel, a positive number")
     return float(value)
 
 def _not_finite(ds):

@@ -336,7 +336,7 @@ def charge_state(
     ds = ds.assign(branch=("time", branch, BRANCH_ATTRS | {"rest_current": limit}), cycle=("time", (number + 1)//2, {"units": "1", "long_name": "Cycle"}),
                    half_cycle=("time", number, {"units": "1", "long_name": "Half-cycle", "first_direction": way}),
                    half_cycle_charge=("time", _since_start(ds["capacity"].values, number), {"units": "Ah", "long_name": "Charge passed in the half-cycle"}))
-    ds = _add_headers(ds, cell, "capacity" in echem)
+    ds = _add_headers(ds, cell, "capacity" in echem and "integrated" not in str(echem.attrs.get("capacity_source", "")))
     ds = _add_content(ds, cell)
     return _check_content(ds, cell, limits) if "lithium_content" in ds else ds
 
