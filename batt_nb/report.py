@@ -6,8 +6,9 @@
 __all__ = ['METRICS', 'THUMBNAIL', 'MAIN', 'AXES', 'COLORS', 'FONT', 'WIDTH', 'HalfCycle', 'Slope', 'Comparison', 'KINDS', 'CSS',
            'Html', 'number', 'table', 'say', 'heading', 'plot_text', 'metric', 'cards', 'thumbnail', 'small_figure',
            'main_variable', 'frames_of', 'fid_spectrum', 'Look', 'with_hours', 'open_for_report', 'look_at', 'columns',
-           'rows', 'set_style', 'dimension', 'hours_axis', 'thin', 'envelope', 'voltage_panel', 'picture',
-           'color_limits', 'operando_contour', 'contour_thumbnail', 'waterfall', 'slider', 'image_slider',
+           'rows', 'bokeh_theme', 'set_style', 'dimension', 'hours_axis', 'thin', 'envelope', 'voltage_panel',
+           'picture', 'color_limits', 'operando_contour', 'contour_thumbnail', 'waterfall', 'bokeh_html',
+           'bokeh_figure', 'with_slider', 'slider', 'slider_frames', 'frame_titles', 'image_slider', 'small_images',
            'noise_level', 'missing_numbers', 'quality', 'quality_panels', 'remarks', 'headers', 'half_cycles',
            'half_cycle_table', 'differential_capacity', 'differential_figure', 'mean_slope', 'slopes', 'slope_table',
            'compare_slopes', 'setting_words', 'response_statement', 'response_figure', 'feature_against_time',
@@ -297,20 +298,21 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#33
 FONT = "Helvetica Neue, Helvetica, Arial, Liberation Sans, sans-serif"
 WIDTH = 800
 
-def set_style():
-    "Fonts, colors and sizes of every figure on a page; called after the plotting imports."
-    import holoviews as hv
+def bokeh_theme():
+    "The look of every Bokeh figure."
     from bokeh.themes import Theme
-    text = {"text_font": FONT}
     axis = {"axis_label_text_font": FONT, "axis_label_text_font_style": "normal", "axis_label_text_font_size": "14px", "axis_label_text_color": "#222",
             "major_label_text_font": FONT, "major_label_text_font_size": "13px", "major_label_text_color": "#333", "axis_line_color": "#777",
             "major_tick_line_color": "#777", "minor_tick_line_color": None, "axis_label_standoff": 8}
-    hv.renderer("bokeh").theme = Theme(json={"attrs": {
-        "Axis": axis, "Grid": {"grid_line_color": "#ececec"}, "Plot": {"outline_line_color": "#aaa"}, "figure": {"outline_line_color": "#aaa"},
-        "Title": text | {"text_font_size": "15px", "text_font_style": "bold", "text_color": "#222"}, "Toolbar": {"logo": None},
-        "Legend": {"label_text_font": FONT, "label_text_font_size": "13px", "border_line_color": None, "background_fill_alpha": 0.85, "title_text_font": FONT, "title_text_font_style": "bold", "title_text_font_size": "13px"},
-        "ColorBar": {"title_text_font": FONT, "title_text_font_size": "13px", "title_text_font_style": "normal", "major_label_text_font": FONT, "major_label_text_font_size": "12px", "bar_line_color": None}}})
-    return hv
+    legend = {"label_text_font": FONT, "label_text_font_size": "13px", "border_line_color": None, "background_fill_alpha": 0.85, "title_text_font": FONT, "title_text_font_style": "bold", "title_text_font_size": "13px"}
+    bar = {"title_text_font": FONT, "title_text_font_size": "13px", "title_text_font_style": "normal", "major_label_text_font": FONT, "major_label_text_font_size": "12px", "bar_line_color": None}
+    title = {"text_font": FONT, "text_font_size": "15px", "text_font_style": "bold", "text_color": "#222"}
+    return Theme(json={"attrs": {"Axis": axis, "Grid": {"grid_line_color": "#ececec"}, "Plot": {"outline_line_color": "#aaa"}, "Title": title, "Toolbar": {"logo": None}, "Legend": legend, "ColorBar": bar}})
+
+def set_style():
+    "Use that look in every HoloViews figure of a page; called after the plotting imports."
+    import holoviews as hv
+    hv.renderer("bokeh").theme = bokeh_theme()
 
 # %% ../nbs/60_report.ipynb #b57a052c
 def dimension(
@@ -468,63 +470,133 @@ def waterfall(
         colorbar_opts={"title": "Time (h)" if "hours" in frames.coords else "Frame", "width": 14}, show_legend=False)
 
 # %% ../nbs/60_report.ipynb #db65beb4
+def bokeh_html(
+    model, # a Bokeh layout or figure
+)->Html:
+    "A Bokeh figure on the page; BokehJS itself is loaded once, by the plotting imports."
+    from bokeh.embed import components
+    script, div = components(model, theme=bokeh_theme())
+    return Html(div + script)
+
+def bokeh_figure(
+    x:tuple[str, str], # label and unit of the horizontal axis
+    y:tuple[str, str], # label and unit of the vertical axis
+    height:int, # pixels
+    **options, # of bokeh.plotting.figure
+):
+    "An empty figure with labeled axes."
+    from bokeh.plotting import figure
+    words = [plot_text(name) + (f" ({plot_text(unit)})" if unit not in ("", "1", None) else "") for name, unit in (x, y)]
+    return figure(x_axis_label=words[0], y_axis_label=words[1], height=height, **{"width": WIDTH + 80, "tools": "pan,box_zoom,wheel_zoom,save,reset", "active_drag": None, "toolbar_location": "above"} | options)
+
+def with_slider(
+    figures:list, # Bokeh figures, one below the other
+    n:int, # positions
+    word:str, # what is counted
+    code:str, # JavaScript that shows position i
+    **models, # what the code uses
+)->Html:
+    "Figures with a slider at the bottom that works without a kernel."
+    from bokeh.layouts import column
+    from bokeh.models import CustomJS, Slider
+    if n < 2: return bokeh_html(column(*figures))
+    slide = Slider(start=1, end=n, value=1, step=1, title=f"{word} (of {n})", width=WIDTH, margin=(8, 0, 8, 60), bar_color=COLORS[0])
+    slide.js_on_change("value", CustomJS(args=models, code="const i = cb_obj.value - 1;" + code))
+    return bokeh_html(column(*figures, slide))
+
+# %% ../nbs/60_report.ipynb #98b262a9
 def slider(
     frames:xr.DataArray, # (time or frame, axis), with `hours` where known
     state:xr.Dataset|None=None, # with `voltage` and `hours`
-    clock:str="since the first frame", # what the hours count from
-    most:int=40, # positions at most
-):
+    most:int=240, # positions at most
+)->Html:
     "Frame by frame, beside the place on the voltage curve."
-    import holoviews as hv
-    axis, timed = frames.dims[1], "hours" in frames.coords
-    usable = np.flatnonzero(np.isfinite(frames.values).any(axis=1) & (np.isfinite(frames["hours"].values) if timed else True))
-    picked = usable[thin(usable.size, most)]
-    y, curves = rows(frames[axis].values, frames.values[picked], 700)
-    key = hv.Dimension(("at", "Time (h)" if timed else "Frame"))
-    at = np.round(frames["hours"].values[picked], 3) if timed else picked
-    value = dimension(frames, "value")
-    first = hv.Curve((y, curves[0]), dimension(frames[axis]), value).opts(color="#b5b5b5", line_width=2)
-    shown = hv.HoloMap({t: (first * hv.Curve((y, c), dimension(frames[axis]), value).opts(color=COLORS[0], line_width=2)).opts(title=_frame_title(frames, i)) for t, c, i in zip(at, curves, picked)}, key)
-    shown = shown.opts(hv.opts.Overlay(frame_width=WIDTH, frame_height=330, show_grid=True, toolbar="above", ylim=_room(curves)))
-    if state is None: return shown
-    where = hv.HoloMap({t: voltage_panel(state, None, clock, 130) * hv.VLine(float(h)).opts(color=COLORS[1], line_width=2) for t, h in zip(at, frames["hours"].values[picked])}, key)
-    return (shown + where.opts(hv.opts.Overlay(frame_width=WIDTH, frame_height=130))).cols(1)
+    from bokeh.models import ColumnDataSource, Span
+    axis, picked = frames[frames.dims[1]], slider_frames(frames, most)
+    y, curves = rows(axis.values, frames.values[picked], 700)
+    named = lambda da: (da.attrs.get("long_name", str(da.name)), da.attrs.get("units", "1"))
+    titles = [_frame_title(frames, i) for i in picked]
+    top = bokeh_figure(named(axis), named(frames), 400, title=titles[0], x_range=(float(y[0]), float(y[-1])), y_range=_room(curves))
+    top.line(y, curves[0], color="#b5b5b5", line_width=2)
+    now, every = ColumnDataSource({"x": y, "y": curves[0]}), ColumnDataSource({"y": curves.astype("float32").ravel()})
+    top.line("x", "y", source=now, color=COLORS[0], line_width=2.2)
+    code = "const n = now.data.x.length; now.data.y = Array.from(every.data.y).slice(i*n, (i+1)*n); now.change.emit(); title.text = titles[i];"
+    if state is None: return with_slider([top], picked.size, "Frame", code, now=now, every=every, title=top.title, titles=titles)
+    hours = frames["hours"].values[picked].tolist()
+    below = bokeh_figure(("Time since the cycler's start", "h"), ("Voltage", "V"), 190)
+    below.line(*envelope(state["hours"].values, state["voltage"].values), color="#222", line_width=1.4)
+    mark = Span(location=hours[0], dimension="height", line_color=COLORS[1], line_width=2)
+    below.add_layout(mark)
+    return with_slider([top, below], picked.size, "Frame", code + "mark.location = hours[i];", now=now, every=every, title=top.title, titles=titles, mark=mark, hours=hours)
+
+# %% ../nbs/60_report.ipynb #b57109b9
+def slider_frames(
+    frames:xr.DataArray, # (time or frame, axis), with `hours` where known
+    most:int=240, # at most
+)->np.ndarray: # their indices
+    "The frames that a slider shows."
+    known = np.isfinite(frames.values).any(axis=1) & (np.isfinite(frames["hours"].values) if "hours" in frames.coords else True)
+    usable = np.flatnonzero(known)
+    if not usable.size: raise BattError("no frame has both values and a time", key="hours", mend="see the remarks of the page")
+    return usable[thin(usable.size, most)]
 
 def _room(curves):
     "Limits with some air around the curves."
-    low, high = np.nanmin(curves), np.nanmax(curves)
-    return (float(low - 0.05*(high - low)), float(high + 0.05*(high - low))) if high > low else (float(low) - 1, float(high) + 1)
+    low, high = float(np.nanmin(curves)), float(np.nanmax(curves))
+    return (low - 0.05*(high - low), high + 0.05*(high - low)) if high > low else (low - 1, high + 1)
 
-# %% ../nbs/60_report.ipynb #98b262a9
+def frame_titles(
+    frames:xr.DataArray, # (time or frame, axis), with `hours` where known
+)->list[str]:
+    "Time and state of each frame, in words."
+    return [_frame_title(frames, i) for i in range(frames.shape[0])]
+
 def _frame_title(frames, i):
     "Time, voltage and lithium content of one frame, in words."
-    parts = [f"{float(frames['hours'][i]):.2f} h"] if "hours" in frames.coords else [f"frame {i}"]
+    parts = [f"{float(frames['hours'][i]):.2f} h"] if "hours" in frames.coords else [f"frame {i + 1}"]
     for name, form in (("voltage", "{:.3f} V"), ("lithium_content", "x = {:.3f}")):
         v = float(frames[name][i]) if name in frames.coords else np.nan
         if np.isfinite(v): parts.append(form.format(v))
     return "   ".join(parts)
 
+# %% ../nbs/60_report.ipynb #f913148a
 def image_slider(
     da:xr.DataArray, # images (time or frame or angle, y, x), or with z (the middle slice is shown)
-    hours=None, # of each image
-    most:int=16, # positions at most
+    titles=None, # text for each image
+    most:int=24, # positions at most
     side:int=256, # pixels along the longer side at most
-):
-    "Image by image, in 8 bits, with one grey scale."
-    import holoviews as hv
-    if "z" in da.dims: da = da.isel(z=da.sizes["z"]//2)
-    outer = da.dims[0]
-    picked = thin(da.sizes[outer], most)
-    coarse = int(np.ceil(max(da.sizes["y"], da.sizes["x"])/side))
-    images = da.isel({outer: picked}).coarsen(y=coarse, x=coarse, boundary="trim").mean().load()
+)->Html:
+    "Image by image, with one grey scale."
+    from bokeh.models import LinearColorMapper
+    from bokeh.palettes import Greys256
+    images, picked = small_images(da, most, side)
     low, high = color_limits(images.values)
-    grey = (np.clip((images.values - low)/(high - low), 0, 1)*255).astype("uint8")
-    x, y = (images[d] if d in images.coords else xr.DataArray(np.arange(images.sizes[d])*coarse, dims=d, name=d, attrs={"units": "pixel", "long_name": d}) for d in "xy")
-    at, key = (np.round(np.asarray(hours, float)[picked], 3), "Time (h)") if hours is not None else (picked, f"{outer.capitalize()}, in order")
-    scale = hv.Dimension(("grey", f"Grey value, 0 = {low:.4g}, 255 = {high:.4g}"))
-    width = int(np.clip(460*images.sizes["x"]/images.sizes["y"], 240, WIDTH))
-    make = lambda g: hv.Image((x.values, y.values, g), [dimension(x), dimension(y)], scale).opts(cmap="gray", clim=(0, 255), colorbar=True, frame_width=width, frame_height=int(np.clip(width*images.sizes["y"]/images.sizes["x"], 60, 640)), toolbar="above", invert_yaxis=True)
-    return hv.HoloMap({t: make(g) for t, g in zip(at, grey) }, hv.Dimension(("at", key)))
+    grey = (np.clip((np.nan_to_num(images.values, nan=low) - low)/(high - low), 0, 1)*255).astype("uint8")
+    x, y = (images[d] for d in "xy")
+    step = [abs(float(c[1] - c[0])) if c.size > 1 else 1.0 for c in (x, y)]
+    wide, tall = float(np.ptp(x.values)) + step[0], float(np.ptp(y.values)) + step[1]
+    width = int(np.clip(520*wide/tall, 260, WIDTH))
+    words = [str(titles[i]) for i in picked] if titles is not None else [f"{da.dims[0]} {i + 1}" for i in picked]
+    named = lambda c: (c.attrs.get("long_name", c.name), c.attrs.get("units", "pixel"))
+    plot = bokeh_figure(named(x), named(y), int(width*tall/wide) + 110, width=width + 90, title=plot_text(words[0]), x_range=(0, wide), y_range=(tall, 0), match_aspect=True)
+    mapper = LinearColorMapper(palette=Greys256, low=0, high=255)
+    shown = [plot.image([g[::-1]], x=0, y=tall, dw=wide, dh=tall, color_mapper=mapper, visible=k == 0) for k, g in enumerate(grey)]
+    return with_slider([plot], len(shown), "Image", "shown.forEach((r, k) => { r.visible = k == i }); title.text = words[i];", shown=shown, title=plot.title, words=[plot_text(w) for w in words])
+
+# %% ../nbs/60_report.ipynb #17ef39ce
+def small_images(
+    da:xr.DataArray, # images (time or frame or angle, y, x), or with z
+    most:int, # at most
+    side:int, # pixels at most
+)->tuple[xr.DataArray, np.ndarray]: # images with coordinates y and x, and which they are
+    "Few small images of a stack, read one by one."
+    if "z" in da.dims: da = da.isel(z=da.sizes["z"]//2)
+    picked = thin(da.shape[0], most)
+    coarse = int(np.ceil(max(da.sizes["y"], da.sizes["x"])/side))
+    for d in "yx":
+        if d not in da.coords: da = da.assign_coords({d: (d, np.arange(da.sizes[d]), {"units": "pixel", "long_name": d})})
+    parts = [da[i].astype("float32").coarsen(y=coarse, x=coarse, boundary="trim").mean().compute() for i in picked]
+    return xr.concat(parts, "image", coords="minimal", compat="override").assign_coords({d: parts[0][d].assign_attrs(da[d].attrs) for d in "yx"}), picked
 
 # %% ../nbs/60_report.ipynb #f765107c
 def noise_level(
@@ -877,15 +949,13 @@ def voltage_table(
     hours:np.ndarray, # of each frame
 )->Html:
     "Both voltages of every frame, with its charge and state."
-    names = {"voltage_at_start": "at start (V)", "voltage": "mean over exposure (V)", "current": "current (mA)", "capacity": "charge (mAh)", "lithium_content": "x", "half_cycle": "half-cycle", "overlap": "overlap"}
-    scale = {"current": 1e3, "capacity": 1e3}
-    rows_ = []
-    for i in range(joined.sizes["time"]):
-        row = {"frame": i, "time (h)": f"{hours[i]:.3f}", "file": str(joined["source"].values[i]).split("::")[-1] if "source" in joined.coords else ""}
-        for n, title in names.items():
-            if n in joined: row[title] = (f"{float(joined[n][i])*scale.get(n, 1):.4f}" if np.isfinite(joined[n][i]) else "–") if n != "half_cycle" else (int(joined[n][i]) if joined[n][i] >= 0 else "–")
-        rows_.append(row)
-    return table(rows_, f"Voltage and state of all {len(rows_)} frames", fold=len(rows_) > 8)
+    words = {"voltage_at_start": ("at start (V)", 1), "voltage": ("mean over exposure (V)", 1), "current": ("current (mA)", 1e3), "capacity": ("charge (mAh)", 1e3), "lithium_content": ("x", 1)}
+    text = lambda v, k: [f"{a*k:.4f}" if np.isfinite(a) else "–" for a in v]
+    columns_ = {"frame": [str(i + 1) for i in range(joined.sizes["time"])], "time (h)": text(hours, 1)}
+    if "source" in joined.coords: columns_["file"] = [str(n).split("::")[-1] for n in joined["source"].values]
+    columns_ |= {title: text(joined[n].values, k) for n, (title, k) in words.items() if n in joined}
+    if "half_cycle" in joined: columns_["half-cycle"] = [str(k) if k >= 0 else "–" for k in joined["half_cycle"].values]
+    return table([dict(zip(columns_, row)) for row in zip(*columns_.values())], f"Voltage and state of all {joined.sizes['time']} frames", fold=joined.sizes["time"] > 8)
 
 def voltage_sentence(
     joined:xr.Dataset, # frames with `voltage` and `voltage_at_start`
@@ -1118,18 +1188,22 @@ def curve_thumbnail(
 # %% ../nbs/60_report.ipynb #2af21641
 def cycle_slider(
     state:xr.Dataset, # from `charge_state`, with `hours`
-    most:int=40, # positions at most
-):
+    most:int=120, # positions at most
+)->Html:
     "Voltage against charge, half-cycle by half-cycle."
-    import holoviews as hv
+    from bokeh.models import ColumnDataSource
     found = half_cycles(state)
-    x, y = hv.Dimension(("passed", "Charge passed in the half-cycle"), unit="mAh"), hv.Dimension(("voltage", "Voltage"), unit="V")
-    curve = lambda h: envelope(np.abs(state["half_cycle_charge"].values[h.rows])*1e3, state["voltage"].values[h.rows], 1200)
     picked = [found[i] for i in thin(len(found), most)]
-    grey = hv.Contours([dict(zip(("passed", "voltage"), curve(h))) for h in picked], [x, y]).opts(color="#cfcfcf", line_width=1, show_legend=False)
-    make = lambda h: (grey * hv.Curve(curve(h), x, y).opts(color=COLORS[0] if h.direction == "charge" else COLORS[1], line_width=2.5)).opts(
-        title=f"Half-cycle {h.number}: {h.direction}, {abs(h.charge_mAh):.4g} mAh at {abs(h.current_mA):.4g} mA")
-    return hv.HoloMap({h.number: make(h) for h in picked}, hv.Dimension(("number", "Half-cycle"))).opts(hv.opts.Overlay(frame_width=WIDTH, frame_height=360, show_grid=True, toolbar="above", show_legend=False))
+    curves = [envelope(np.abs(state["half_cycle_charge"].values[h.rows])*1e3, state["voltage"].values[h.rows], 600) for h in picked]
+    xs, ys = [c[0].tolist() for c in curves], [c[1].tolist() for c in curves]
+    titles = [f"Half-cycle {h.number}: {h.direction}, {abs(h.charge_mAh):.4g} mAh at {abs(h.current_mA):.4g} mA" for h in picked]
+    colors = [COLORS[0] if h.direction == "charge" else COLORS[1] for h in picked]
+    plot = bokeh_figure(("Charge passed in the half-cycle", "mAh"), ("Voltage", "V"), 430, title=titles[0])
+    plot.multi_line(xs, ys, color="#cfcfcf", line_width=1)
+    every, now = ColumnDataSource({"xs": xs, "ys": ys}), ColumnDataSource({"xs": xs[:1], "ys": ys[:1], "color": colors[:1]})
+    plot.multi_line("xs", "ys", color="color", source=now, line_width=2.6)
+    return with_slider([plot], len(picked), "Half-cycle", "now.data = {xs: [every.data.xs[i]], ys: [every.data.ys[i]], color: [colors[i]]}; title.text = titles[i];",
+                       now=now, every=every, title=plot.title, titles=titles, colors=colors)
 
 def echem_quality(
     look:Look, # an electrochemical technique

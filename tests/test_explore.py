@@ -297,10 +297,10 @@ def test_in_jupyterlab_without_internet(page, tmp_path):
                                 f"--ServerApp.root_dir={tmp_path}", "--LabApp.news_url=None"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
     try:
         wait_for(port, process)
-        page.goto(f"http://127.0.0.1:{port}/lab/tree/t.ipynb"); page.locator(".jp-Notebook").wait_for(timeout=90_000); page.wait_for_timeout(3000)
+        page.goto(f"http://127.0.0.1:{port}/lab/tree/t.ipynb"); page.locator(".jp-Notebook").wait_for(timeout=90_000)
+        page.get_by_text("| Idle").first.wait_for(timeout=90_000)
         page.get_by_role("menuitem", name="Run").first.click(); page.get_by_text("Run All Cells", exact=True).click()
-        try: page.locator(".bk-Figure").nth(2).wait_for(timeout=60_000)
-        except Exception: page.screenshot(path="/tmp/ex/dbg.png"); raise
+        page.locator(".bk-Figure").nth(2).wait_for(timeout=120_000)
         until(page, "Frame 1 of 12")
         page.locator(".noUi-handle").first.focus()
         for _ in range(3): page.keyboard.press("ArrowRight"); page.wait_for_timeout(200)

@@ -159,37 +159,48 @@ class Noise:
         self.factor = cholesky_banded(np.stack([diagonal/self.gamma + self.w, np.append(-phi/v, 0)/self.gamma]), lower=True, check_finite=False)
         self.logdet += len(self.t)*np.log(self.gamma) + 2*np.log(self.factor[0]).sum() + np.log(v).sum()
 
-    def gram(self, z): # (frame, candidate, column) -> (candidate, column, column)
-        "Weighted products of all columns, for every candidate."
-        from scipy.linalg import cho_solve_banded
-        wz = z*self.w[:, None, None]
+    def half(self, x): # (..., frame) -> same: the part that the misfit takes away is half(x) @ half(y).T
+        "One triangular banded solve for all columns."
+        from scipy.linalg.lapack import dtbtrs
+        return dtbtrs(self.factor, (x*self.w).reshape(-1, len(self.t)).T, uplo="L", overwrite_b=1)[0].T.reshape(x.shape)
+
+    def gram(self, fixed, varied): # (column, frame), (candidate, column, frame) -> (candidate, columns, columns)
+        "Weighted products of all columns, those that are the same for every candidate first."
+        fv, vv = varied @ (fixed*self.w).T, varied @ (varied*self.w).transpose(0, 2, 1)
+        ff = (fixed*self.w) @ fixed.T
         if self.factor is not None:
-            wz -= self.w[:, None, None]*cho_solve_banded((self.factor, True), wz.reshape(len(z), -1), check_finite=False).reshape(z.shape)
-        return np.matmul(z.transpose(1, 2, 0), wz.transpose(1, 0, 2))
+            f = self.half(fixed)
+            ff = ff - f @ f.T
+            if varied.size:
+                v = self.half(varied)
+                fv, vv = fv - v @ f.T, vv - v @ v.transpose(0, 2, 1)
+        ff = np.broadcast_to(ff, (len(varied), *ff.shape))
+        return np.concatenate([np.concatenate([ff, fv.transpose(0, 2, 1)], 2), np.concatenate([fv, vv], 2)], 1)
 
 # %% ../../nbs/campaign/62_clocks.ipynb #87849ea2
 def _rss(
-    gram:np.ndarray, # (candidate, column + 1, column + 1), the data last
+    gram:np.ndarray, # (candidate, 1 + column, 1 + column), the data first
 )->tuple[np.ndarray, np.ndarray, np.ndarray]: # smallest sum of squares, log determinant of the columns, their coefficients
     "Project the linear parameters out."
     d = np.sqrt(np.einsum("gii->gi", gram))
     d = np.where(d > 0, d, 1)
     a = gram/d[:, :, None]/d[:, None, :]
-    normal, rhs = a[:, :-1, :-1] + 1e-11*np.eye(a.shape[-1] - 1), a[:, :-1, -1]
+    normal, rhs = a[:, 1:, 1:] + 1e-11*np.eye(a.shape[-1] - 1), a[:, 1:, 0]
     b = np.linalg.solve(normal, rhs[..., None])[..., 0]
-    rss = d[:, -1]**2*np.maximum(1 - (rhs*b).sum(-1), 1e-14)
-    return rss, np.linalg.slogdet(normal)[1] + 2*np.log(d[:, :-1]).sum(-1), b*d[:, -1:]/d[:, :-1]
+    rss = d[:, 0]**2*np.maximum(1 - (rhs*b).sum(-1), 1e-14)
+    return rss, np.linalg.slogdet(normal)[1] + 2*np.log(d[:, 1:]).sum(-1), b*d[:, :1]/d[:, 1:]
 
 # %% ../../nbs/campaign/62_clocks.ipynb #2b38e229
 def _restricted(
-    z:np.ndarray, # (frame, candidate, column + 1), the data last
+    fixed:np.ndarray, varied:np.ndarray, # (column, frame), the data first; (candidate, column, frame)
     noises:list, # of Noise
 )->np.ndarray: # (noise, candidate)
     "Log likelihood without the linear parameters and the scale of the noise."
-    plain = _rss(np.matmul(z.transpose(1, 2, 0), z.transpose(1, 0, 2)))[1]
+    n, columns = fixed.shape[1], len(fixed) + varied.shape[1] - 1
+    plain = _rss(Noise(noises[0].t).gram(fixed, varied))[1]
     def one(noise):
-        rss, logdet, _ = _rss(noise.gram(z))
-        return -(noise.logdet + logdet - plain + (len(z) - z.shape[-1] + 1)*np.log(rss))/2
+        rss, logdet, _ = _rss(noise.gram(fixed, varied))
+        return -(noise.logdet + logdet - plain + (n - columns)*np.log(rss))/2
     return np.stack([one(noise) for noise in noises])
 
 # %% ../../nbs/campaign/62_clocks.ipynb #8e40ce3c
@@ -211,19 +222,19 @@ class Model:
     def times(self, c, d): # (candidate, frame)
         return self.frames.u + np.atleast_1d(c)[:, None] + np.atleast_1d(d)[:, None]*(self.frames.t - self.middle)
 
-    def design(self, c, d): # (frame, candidate, column + 1), the data last
-        "All columns of the linear part and the data."
+    def design(self, c, d): # (column, frame): data, zero, time; (candidate, column, frame): powers of the curve, time * curve
+        "The data and all columns of the linear part."
         u = self.times(c, d)
         powers = self.curve.mean(u, np.broadcast_to(self.frames.width, u.shape))
-        full = lambda x: np.broadcast_to(x[:, None], (len(x), len(u)))
-        slow = [col for j in range(1, self.aging+1) for col in (full(self.z**j), full(self.z**j)*powers[0].T)]
-        return np.stack([full(np.ones(len(self.z))), *(p.T for p in powers), *slow, full(self.frames.y)], -1)
+        slow = range(1, self.aging + 1)
+        return (np.stack([self.frames.y, *(self.z**j for j in range(self.aging + 1))]),
+                np.stack([*powers, *(self.z**j*powers[0] for j in slow)], 1))
 
     def likelihood(self, c, d, noises): # (noise, candidate)
         "Log likelihood of every noise at every candidate, in blocks of about 25 MB."
         c, d = (np.ravel(x) for x in np.broadcast_arrays(c, d))
         block = max(1, int(3e6/len(self.frames)/(self.columns + 1)))
-        return np.concatenate([_restricted(self.design(c[i:i+block], d[i:i+block]), noises) for i in range(0, len(c), block)], 1)
+        return np.concatenate([_restricted(*self.design(c[i:i+block], d[i:i+block]), noises) for i in range(0, len(c), block)], 1)
 
 # %% ../../nbs/campaign/62_clocks.ipynb #c1bf593d
 def _choices(t:np.ndarray)->list[tuple[float, float]]: # pairs of gamma and tau (s); the first is white
@@ -247,8 +258,8 @@ def _weight(
     noise:Noise, # the likeliest so far
 )->np.ndarray: # (frame,) 1 where the reference is certain
     "Less weight for frames whose average the cycler's rows do not fix."
-    rss, _, b = _rss(noise.gram(model.design(c, d)))
-    gain = b[0, 1] + (model.z*b[0, -1] if model.aging else 0)
+    rss, _, b = _rss(noise.gram(*model.design(c, d)))
+    gain = b[0, 1 + model.aging] + (model.z*b[0, -1] if model.aging else 0)
     return 1/(1 + gain**2*model.curve.unsure(model.times(c, d)[0], model.frames.width)*model.freedom/rss[0])
 
 # %% ../../nbs/campaign/62_clocks.ipynb #7ec153e1
@@ -347,12 +358,12 @@ SHARE = 9.0 # variance that the cell explains over that of the misfit
 
 def _evidence(model:Model, c:float, d:float, noise:Noise)->tuple[float, float, float]: # χ² over a cubic of time, explained over misfit variance, white sigma
     "What the cell explains of the feature beyond a cubic of time."
-    z = model.design(c, d)
-    cubic = np.stack([model.z**k for k in range(4)], 1)
-    rss, _, b = _rss(noise.gram(z))
-    null = _rss(noise.gram(np.column_stack([cubic, model.frames.y])[:, None]))[0]
-    fit = z[:, 0, :-1] @ b[0]
-    explained = np.var(fit - cubic @ np.linalg.lstsq(cubic, fit, rcond=None)[0])
+    fixed, varied = model.design(c, d)
+    cubic = np.stack([model.z**k for k in range(4)])
+    rss, _, b = _rss(noise.gram(fixed, varied))
+    null = _rss(noise.gram(np.stack([model.frames.y, *cubic]), varied[:, :0]))[0]
+    fit = b[0] @ np.concatenate([fixed[1:], varied[0]])
+    explained = np.var(fit - np.linalg.lstsq(cubic.T, fit, rcond=None)[0] @ cubic)
     variance = rss[0]/model.freedom
     return model.freedom*np.log(null[0]/rss[0]), explained/max(variance*noise.gamma, 1e-12), np.sqrt(variance)
 

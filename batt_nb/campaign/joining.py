@@ -61,7 +61,9 @@ def _check_overlap(frames, state, begin, end, t):
     if ((end >= t[0]) & (begin <= t[-1])).any(): return
     first, last = np.nanmin(begin), np.nanmax(end)
     miss = t[0] - last if last < t[0] else first - t[-1]
-    ranges = [f"{str(np.nanmin(a))[:19]} to {str(np.nanmax(a))[:19]}" for a in (absolute_time(frames), absolute_time(state))]
+    dated = all(d.attrs.get("start_time") for d in (frames, state))
+    ranges = ([f"{str(np.nanmin(a))[:19]} to {str(np.nanmax(a))[:19]}" for a in (absolute_time(frames), absolute_time(state))] if dated
+              else [f"{a:.0f} to {b:.0f} s" for a, b in ((first, last), (t[0], t[-1]))])
     raise BattError(f"the clocks do not overlap: frames from {ranges[0]}, cycler from {ranges[1]}, {miss/3600:.2f} h {'before' if last < t[0] else 'after'} it",
         key="clock.offset_s", mend="correct clock.offset_s or clock.timezone of one of them in the manifest (whole hours point to a time zone)")
 
@@ -113,7 +115,8 @@ def join_clock(
 )->xr.Dataset: # the frames with the mean state of each along `time`
     "Give each frame the mean state of its own cell during its exposure."
     require(frames, "time")
-    t, begin = seconds_on(state, state), seconds_on(state, frames)
+    t = state["time"].values.astype(float)*(1 + float(state.attrs.get("clock_drift", 0.0)))
+    begin = seconds_on(state, frames)
     exposure = np.nan_to_num(frames["exposure"].values.astype(float)) if "exposure" in frames.coords else np.zeros(begin.size)
     end = begin + exposure*(1 + float(frames.attrs.get("clock_drift", 0.0)))
     _check_overlap(frames, state, begin, end, t)

@@ -98,7 +98,7 @@ def read_series(
     parts = [_read_one(fmt, path, name, hints) for _, fmt, path, name in tqdm(found, desc=f"read {kinds[0]}", disable=not progress or len(found) < 3)]
     ds = one.combine(parts, **hints) if combine or len(parts) > 1 else parts[0]
     ds = ds.assign_attrs(technique=kinds[0])
-    return flag(ds, f"{len(left)} files of no known format were left out: {', '.join(left[:3])}{' ...' if len(left) > 3 else ''}") if left else ds
+    return flag(ds, f"left out, of no known format of {kinds[0]}: {', '.join(left[:3])}{f' and {len(left) - 3} more' if len(left) > 3 else ''}") if left else ds
 
 def _read_one(fmt, path, name, hints):
     "One measurement, with the user's name for it on every error."
