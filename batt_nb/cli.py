@@ -57,15 +57,11 @@ def report(
     from batt_nb.campaign import Campaign
     index = run_or_explain(lambda: Campaign.open(folder, raw_root).report(force=force))
     typer.echo(f"report: {Path(index).resolve()}")
-    failed = run_or_explain(_failed_pages, index)
+    from batt_nb.report import pages
+    failed = [p["page"] for p in pages(index) if p["status"] == "failed"]
     if failed:
         typer.echo(f"batt-nb: {len(failed)} pages failed: {', '.join(failed)}; their last cells say why", err=True)
         raise typer.Exit(1)
-
-def _failed_pages(index):
-    "Pages that the last run could not finish."
-    from batt_nb.report import failed_pages
-    return failed_pages(Path(index).parent)
 
 # %% ../nbs/70_cli.ipynb #1323ed76
 @app.command()

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Frames', 'one', 'spectrum_of', 'axis', 'with_unit', 'Places', 'place', 'nearest', 'thin', 'contour_frames',
-           'limits_of', 'columns_of', 'Contour', 'contour', 'window_of', 'shades', 'state_of', 'caption', 'picture',
-           'quantity', 'shrink', 'explorer', 'view', 'explorable', 'dashboard']
+           'limits_of', 'columns_of', 'Contour', 'contour', 'window_of', 'shades', 'span_of', 'state_of', 'caption',
+           'picture', 'quantity', 'shrink', 'explorer', 'view', 'explorable', 'dashboard']
 
 # %% ../nbs/50_explore.ipynb #a7b632a4
+import textwrap
 from html import escape
 from typing import NamedTuple
 
@@ -239,6 +240,19 @@ def shades(
     if change: z = z - z[0]
     return middle, np.where(c.which >= 0, z[c.which].T, np.nan)
 
+# %% ../nbs/50_explore.ipynb #7a92f4bf
+def span_of(
+    p:Places, # where the frames stand
+    c:Contour, # the series as read
+)->tuple[float, float]:
+    "The part of the time axis that is shown first."
+    frames = np.array([c.x[0], c.x[-1], *p.start[np.isfinite(p.start)]])
+    low, high = frames.min(), frames.max()
+    if not len(p.time): return float(low), float(high)
+    whole = float(min(low, p.time[0])), float(max(high, p.time[-1]))
+    if high - low >= 0.25*(whole[1] - whole[0]): return whole
+    return max(whole[0], float(1.5*low - 0.5*high)), min(whole[1], float(1.5*high - 0.5*low))
+
 # %% ../nbs/50_explore.ipynb #8d8303cd
 _STATE = {"voltage": ("{:.3f} V", 1), "current": ("{:+.3f} mA", 1e3), "lithium_content": ("x = {:.3f}", 1), "cycle": ("cycle {:.0f}", 1)}
 
@@ -261,12 +275,14 @@ def caption(
     f:Frames, # the series
     p:Places, # where its frames stand
     i:int, # frame
-)->str: # plain text, three lines
+    width:int=100, # characters of a line; names of files can be long
+)->str: # plain text, three lines or more
     "One frame in words."
     source = str(f.ds["source"].isel({f.walk: i}).item()) if "source" in f.ds.coords and f.ds["source"].dims == (f.walk,) else ""
     when = "time unknown" if not np.isfinite(p.start[i]) else f"{p.label.split(' (')[0]}: {p.start[i]:.3f}" + (" h" if f.walk == "time" else "")
     length = (p.end[i] - p.start[i])*3600
-    return "\n".join([f"Frame {i + 1} of {len(f)}" + (f": {source}" if source else ""), when + (f", exposure {length:.4g} s" if length > 0 else ""), state_of(f.ds, f.walk, i)])
+    lines = [f"Frame {i + 1} of {len(f)}" + (f": {source}" if source else ""), when + (f", exposure {length:.4g} s" if length > 0 else ""), state_of(f.ds, f.walk, i)]
+    return "\n".join(textwrap.fill(line, width) for line in lines)
 
 # %% ../nbs/50_explore.ipynb #6e027a01
 def picture(
@@ -284,7 +300,7 @@ def picture(
     top = fig.add_subplot(grid[0, 0]); below = fig.add_subplot(grid[1, 0], sharex=top); side = fig.add_subplot(grid[:, 1])
     if len(p.time): top.plot(*thin(p.time, p.voltage), color="0.35", lw=1)
     if "voltage" in f.ds.variables and f.ds["voltage"].dims == (f.walk,): top.plot((p.start + p.end)/2, f.ds["voltage"].values, ".", color="C0", ms=4)
-    top.set_ylabel("Voltage (V)"); top.tick_params(labelbottom=False)
+    top.set_xlim(span_of(p, c)); top.set_ylabel("Voltage (V)"); top.tick_params(labelbottom=False)
     window = window_of(c); y, z = shades(c, window)
     low, high = np.nanpercentile(z, [1, 99.5])
     below.set_facecolor("0.9")
@@ -293,7 +309,7 @@ def picture(
     for ax in (top, below):
         if np.isfinite(p.start[frame]): ax.axvspan(p.start[frame], max(p.end[frame], p.start[frame] + 1e-9), color="C3", alpha=0.5); ax.axvline((p.start[frame] + p.end[frame])/2, color="C3", lw=1)
     _draw_frame(side, f, frame, window)
-    side.set_title(caption(f, p, frame).replace("$", r"\$"), fontsize=8, loc="left")
+    side.set_title(caption(f, p, frame, 52).replace("$", r"\$"), fontsize=8, loc="left")
     return fig
 
 # %% ../nbs/50_explore.ipynb #7f29f038
@@ -328,8 +344,7 @@ def _figure(**options):
 def _voltage_figure(f, p, c, width):
     "The voltage curve, and on it the voltages that the join gave the frames."
     from bokeh.models import Range1d
-    known = np.concatenate([c.x, p.time[[0, -1]] if len(p.time) else [], p.start[np.isfinite(p.start)]])
-    fig = _figure(frame_width=width, height=230, x_range=Range1d(known.min(), known.max()), y_axis_label="Voltage (V)")
+    fig = _figure(frame_width=width, height=230, x_range=Range1d(*span_of(p, c)), y_axis_label="Voltage (V)")
     fig.line(*thin(p.time, p.voltage), color="#555555", line_width=1.2)
     if "voltage" in f.ds.variables and f.ds["voltage"].dims == (f.walk,):
         fig.scatter((p.start + p.end)/2, f.ds["voltage"].values.astype(float), color="#1f77b4", size=5)
@@ -424,7 +439,7 @@ def explorer(
     w = {"slider": pn.widgets.DiscreteSlider(label="Frame", options={_stop(f, p, i): i for i in range(len(f))}, value=0, width=min(520, width//2)),
          "window": pn.widgets.RangeSlider(label=c.label, start=float(c.y[0]), end=float(c.y[-1]), step=float(c.y[-1] - c.y[0])/500, value=window_of(c), width=250),
          "change": pn.widgets.Checkbox(label="change from the first frame", value=False), "others": others, "width": width}
-    words = pn.pane.Str(escape(caption(f, p, 0)), styles={"font-size": "13px"})
+    words = pn.pane.Str(styles={"font-size": "13px"})
     panes = _linked(f, p, c, w, words)
     left = pn.Column(w["slider"], pn.Row(w["window"], w["change"], *others.values()), panes[0])
     return pn.Column(pn.FlexBox(left, pn.Column(words, panes[1])), *_remarks(p, frames))
@@ -443,14 +458,14 @@ def _linked(f, p, c, w, words):
     def walk(*_):
         i = w["slider"].value
         move(i); draw(i, **{d: o.value for d, o in w["others"].items()})
-        words.object = escape(caption(f, p, i))
+        words.object = escape(caption(f, p, i, (narrow + 80)//8))
         pn.io.push_notebook(*panes)
     def look(*_):
         low, high = w["window"].value
         shade((low, high), w["change"].value)
         if not f.is_image: frame.x_range.update(**dict(zip(("start", "end"), (high, low) if f.falls else (low, high))))
         pn.io.push_notebook(*panes)
-    move(0); look()
+    walk(); look()
     for widget in (w["slider"], *w["others"].values()): widget.param.watch(walk, "value")
     w["change"].param.watch(look, "value"); w["window"].param.watch(look, "value_throttled")
     for fig in (top, below): fig.on_event("tap", lambda event: setattr(w["slider"], "value", nearest(p, event.x)))

@@ -192,7 +192,7 @@ def test_broken_profile(tmp_path, body, says):
 @pytest.mark.parametrize("fov", [0, -4, float("nan"), "wide", [4]])
 def test_field_of_view_must_be_a_length(tmp_path, fov):
     (tmp_path/"a(005).txt").write_text(PROFILE.format(n=5) + "1\n2\n3\n4\n")
-    with pytest.raises((BattError)): read_profile(tmp_path/"a(005).txt", field_of_view_mm=fov)
+    with pytest.raises(BattError): read_profile(tmp_path/"a(005).txt", field_of_view_mm=fov)
 
 
 def test_number_in_name_and_header_differ(tmp_path):

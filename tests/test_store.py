@@ -27,10 +27,11 @@ def test_round_trip_of_every_kind_of_variable(tmp_path):
     ds = label(xr.Dataset({
         "signal": (("time", "acquisition_time"), np.ones((2, 3)) + 2j), "cycle": ("time", np.array([1, 2], "int32")), "mask": ("time", [True, False]),
         "name": ("time", ["<b>ä</b>", "o'ne \"two\""]), "scalar": 3.5, "empty": ("nothing", np.zeros(0))},
-        {"time": [0.0, np.nan], "acquisition_time": [0.0, 1e-6, 2e-6]}, {"technique": "nmr", "n": 3, "title": "µ <script>"}))
+        {"time": [0.0, np.nan], "acquisition_time": [0.0, 1e-6, 2e-6], "start": ("acquisition_time", [5.0, 6.0, 7.0])}, {"technique": "nmr", "n": 3, "title": "µ <script>"}))
     back = open_stage(write_stage(ds, tmp_path/"nmr.raw.1.h5")).load()
     np.testing.assert_array_equal(back.signal, ds.signal)
     assert list(back.name.values) == list(ds.name.values) and back.attrs == ds.attrs
+    xr.testing.assert_identical(back.drop_attrs(), ds.assign(mask=ds["mask"].astype("uint8")).drop_attrs())
     assert float(back.scalar) == 3.5 and back.sizes["nothing"] == 0 and list(back["mask"].values) == [1, 0]
 
 

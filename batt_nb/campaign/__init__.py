@@ -14,10 +14,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "folder": ["Campaign"],
         "reading": ["read", "formats"],
-        "state": ["charge_state"],
+        "state": ["charge_state", "branch_names", "coulomb_check", "header_verdicts"],
         "joining": ["align"],
         "clocks": ["find_offset"],
-        "protocol": ["same_protocol"],
+        "protocol": ["same_protocol", "protocol_differences"],
         "drafting": ["draft_manifest"],
     },
 )

@@ -159,23 +159,23 @@ class Noise:
         self.factor = cholesky_banded(np.stack([diagonal/self.gamma + self.w, np.append(-phi/v, 0)/self.gamma]), lower=True, check_finite=False)
         self.logdet += len(self.t)*np.log(self.gamma) + 2*np.log(self.factor[0]).sum() + np.log(v).sum()
 
-    def half(self, x): # (..., frame) -> same: the part that the misfit takes away is half(x) @ half(y).T
+    def half(self, x): # (..., frame) -> same: what the misfit takes from the product of x and y is that of half(x) and half(y)
         "One triangular banded solve for all columns."
+        if not x.size: return x
         from scipy.linalg.lapack import dtbtrs
         return dtbtrs(self.factor, (x*self.w).reshape(-1, len(self.t)).T, uplo="L", overwrite_b=1)[0].T.reshape(x.shape)
 
-    def gram(self, fixed, varied): # (column, frame), (candidate, column, frame) -> (candidate, columns, columns)
-        "Weighted products of all columns, those that are the same for every candidate first."
-        fv, vv = varied @ (fixed*self.w).T, varied @ (varied*self.w).transpose(0, 2, 1)
-        ff = (fixed*self.w) @ fixed.T
-        if self.factor is not None:
-            f = self.half(fixed)
-            ff = ff - f @ f.T
-            if varied.size:
-                v = self.half(varied)
-                fv, vv = fv - v @ f.T, vv - v @ v.transpose(0, 2, 1)
-        ff = np.broadcast_to(ff, (len(varied), *ff.shape))
-        return np.concatenate([np.concatenate([ff, fv.transpose(0, 2, 1)], 2), np.concatenate([fv, vv], 2)], 1)
+    def gram(self, fixed, varied, white=None): # (column, frame), (candidate, column, frame) -> (candidate, columns, columns)
+        "Weighted products of all columns; `white` are those without the misfit, where they are known."
+        white = _products(fixed, varied, self.w) if white is None else white
+        return white if self.factor is None else white - _products(self.half(fixed), self.half(varied))
+
+def _products(fixed, varied, w=None): # (column, frame), (candidate, column, frame) -> (candidate, columns, columns)
+    "Products of all columns, those that are the same for every candidate first."
+    wf, wv = (fixed, varied) if w is None else (fixed*w, varied*w)
+    ff, fv, vv = fixed @ wf.T, varied @ wf.T, varied @ wv.transpose(0, 2, 1)
+    ff = np.broadcast_to(ff, (len(varied), *ff.shape))
+    return np.concatenate([np.concatenate([ff, fv.transpose(0, 2, 1)], 2), np.concatenate([fv, vv], 2)], 1)
 
 # %% ../../nbs/campaign/62_clocks.ipynb #87849ea2
 def _rss(
@@ -193,13 +193,13 @@ def _rss(
 # %% ../../nbs/campaign/62_clocks.ipynb #2b38e229
 def _restricted(
     fixed:np.ndarray, varied:np.ndarray, # (column, frame), the data first; (candidate, column, frame)
-    noises:list, # of Noise
+    noises:list, # of Noise, with the same weights
 )->np.ndarray: # (noise, candidate)
     "Log likelihood without the linear parameters and the scale of the noise."
     n, columns = fixed.shape[1], len(fixed) + varied.shape[1] - 1
-    plain = _rss(Noise(noises[0].t).gram(fixed, varied))[1]
+    plain, white = _rss(_products(fixed, varied))[1], _products(fixed, varied, noises[0].w)
     def one(noise):
-        rss, logdet, _ = _rss(noise.gram(fixed, varied))
+        rss, logdet, _ = _rss(noise.gram(fixed, varied, white))
         return -(noise.logdet + logdet - plain + (n - columns)*np.log(rss))/2
     return np.stack([one(noise) for noise in noises])
 

@@ -101,7 +101,7 @@ def _ingest_one(self:Campaign, name, progress):
     found, log = self.sources(name), self._log(name)
     with ExitStack() as stack:
         paths = stack.enter_context(materialize(found + log))
-        ds = read_series([(p, s.name) for p, s in zip(paths, found)], t.kind, self._hints(t), stack, progress)
+        ds = read_series([(p, s.name) for p, s in zip(paths, found)], t.kind, self._hints(t, found), stack, progress)
         ds = set_clock(ds, t.clock, paths[-1] if log else None)
         ds = ds.assign_attrs(cell=t.cell, scale=t.scale, **_beam(t, ds))
         ds = record(ds, "campaign.ingest", {"files": [str(s.path.name) + (f"::{s.member}" if s.member else "") for s in found][:50], "n_files": len(found), **t.hints})
@@ -111,10 +111,11 @@ def _ingest_one(self:Campaign, name, progress):
 
 # %% ../../nbs/campaign/80_campaign.ipynb #c0a34929
 @patch
-def _hints(self:Campaign, t):
+def _hints(self:Campaign, t, found):
     "A technique's hints; those that name files are found under the campaign and its raw_root."
     hints = dict(t.hints)
     if t.beam.wavelength_A and t.kind == "xrd": hints.setdefault("wavelength", t.beam.wavelength_A)
+    if t.kind == "xct" and sum(s.path.stat().st_size for s in found) > 2**26: hints.setdefault("lazy", True) # many small files are a large stack too
     for key in ("poni", "mask"):
         if key in hints: hints[key] = str(resolve([hints[key]], self.raw_root, [self.folder])[0].path)
     return hints

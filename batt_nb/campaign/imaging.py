@@ -11,16 +11,15 @@ __all__ = ['LAYOUTS', 'FORMATS', 'READER', 'H5Frames', 'open_h5', 'h5_frames', '
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
 import xarray as xr
 
 from .sources import Format, Reader, natural
-from .stacks import EAGER, KINDS, Frames, as_array, axis_values, file_stamp, image_dataset, microns, read_picture, read_tiff
-from .zeiss import energy_in_name, read_zeiss
-from ..core import BattError, flag, flags, label
+from .stacks import BLOCK, KINDS, Frames, as_array, axis_values, file_stamp, image_dataset, microns, read_picture, read_tiff
+from .zeiss import read_zeiss
+from ..core import BattError, absolute_time, flag, flags, label, seconds_on
 
 # %% ../../nbs/campaign/36_imaging.ipynb #0f781a76
 @dataclass(frozen=True, eq=False)
@@ -52,6 +51,7 @@ def open_h5(
     try: return h5py.File(path, "r")
     except OSError as e: raise BattError(f"the HDF5 file cannot be opened ({e})", file=Path(path).name, mend="copy it again; it may be cut short, or still being written") from e
 
+# %% ../../nbs/campaign/36_imaging.ipynb #c0346fe3
 def h5_frames(
     f, # open HDF5 file
     dataset:str, # path of a dataset (frames, y, x), or (y, x)
@@ -67,12 +67,14 @@ def h5_frames(
     if ds.ndim == 2: return _One(*common, dataset)
     return H5Frames(*common, dataset, rows, ds.chunks[0] if ds.chunks else 1)
 
+# %% ../../nbs/campaign/36_imaging.ipynb #1f0e059d
 @dataclass(frozen=True, eq=False)
 class _One(Frames):
     dataset: str
     def read(self, start, stop):
         with open_h5(self.path) as f: return np.asarray(f[self.dataset][()], self.dtype)[None]
 
+# %% ../../nbs/campaign/36_imaging.ipynb #f896677f
 def _check_virtual(ds, path):
     missing = sorted({s.file_name for s in ds.virtual_sources() if s.file_name != "." and not (Path(path).parent/s.file_name).exists()})
     if missing: raise BattError(f"{len(missing)} files that {ds.name} points to are missing: they would read as zeros", file=Path(path).name, key=ds.name, mend=f"put them beside it: {', '.join(missing[:3])}")
@@ -107,6 +109,7 @@ def walk(
             seen.add((thing.file.filename, info.addr))
             yield from walk(thing, f"{prefix}/{name}", depth - 1, seen)
 
+# %% ../../nbs/campaign/36_imaging.ipynb #3afd106a
 def contents(
     f, # open HDF5 file
 )->str: # paths and shapes of its datasets, the largest first
@@ -114,6 +117,7 @@ def contents(
     found = sorted(((int(np.prod(d.shape, dtype="int64")), p, d.shape) for p, d in walk(f) if d.ndim), reverse=True)
     return ", ".join(f"{p} {s}" for _, p, s in found[:12]) + (f" and {len(found) - 12} more" if len(found) > 12 else "") or "no datasets"
 
+# %% ../../nbs/campaign/36_imaging.ipynb #9ade4f89
 def text(
     f, # open HDF5 file or group
     name:str, # path of a scalar dataset
@@ -139,6 +143,7 @@ def degrees(
     if np.abs(values).max() <= 2.05*np.pi: raise BattError(f"angles from {values.min():g} to {values.max():g} have no unit: they could be degrees or radians", file=Path(path).name, key=key, mend="give angle_unit = deg or rad")
     return values, [f"angles have no unit in the file; {values.min():g} to {values.max():g} can only be degrees"]
 
+# %% ../../nbs/campaign/36_imaging.ipynb #228b2666
 def _angles(f, name, path, hints, rows=None, total=None):
     "Angles in deg, of some of all frames where rows are given, with remarks; hinted angles overrule the file."
     if hints.get("angles") is not None or name is None or f.get(name) is None: return None, []
@@ -146,6 +151,7 @@ def _angles(f, name, path, hints, rows=None, total=None):
     values, remarks = degrees(f[name][()], unit, path, name)
     return values[rows] if rows is not None and len(values) == total else values, remarks
 
+# %% ../../nbs/campaign/36_imaging.ipynb #d994041f
 def _unit(dataset):
     "The unit of a dataset as the file writes it."
     unit = dataset.attrs.get("units", "")
@@ -172,6 +178,7 @@ def find_nxtomo(
     scan = Scan({n: [(data, r)] for n, r in rows.items() if len(r)}, values, remarks=remarks + ([f"{left} frames that are marked invalid or for alignment were left out"] if left else []))
     return _nexus_facts(scan, f, scope)
 
+# %% ../../nbs/campaign/36_imaging.ipynb #01c3cc41
 def _nxtomo_entries(f):
     "Each scope that has images, their keys and angles: {scope: (data, keys, angle)}."
     import h5py
@@ -242,6 +249,7 @@ def find_bliss(
     scan.angle = np.concatenate(angles) if angles else None
     return scan
 
+# %% ../../nbs/campaign/36_imaging.ipynb #9af3a250
 def _bliss_scan(f, name, title, scan, path, hints):
     "Add one scan's images to the parts; its angles, if they are projections."
     part = next((p for p, starts in _BLISS_TITLES.items() if title.startswith(starts)), None)
@@ -300,6 +308,7 @@ def find_mapped(
     _mapped_coords(scan, f, paths, path)
     return scan
 
+# %% ../../nbs/campaign/36_imaging.ipynb #5ad53d4a
 def _mapped_coords(scan, f, paths, path):
     "Energy (eV or keV) and time (s) along the frames, where the map names them."
     for name, factors in (("energy", {"eV": 1.0, "keV": 1e3}), ("time", {"s": 1.0, "ms": 1e-3, "min": 60.0, "h": 3600.0})):
@@ -338,9 +347,9 @@ def read_h5(
     arrays = {n: ((dims[n], "y", "x"), _joined(a, scan.parts[n], path)) for n, a in arrays.items()}
     if "projections" in arrays: arrays, coords, remarks = _with_angles(arrays, scan, path, hints)
     else: arrays, coords, remarks = _plain_images(arrays, scan, dims["image"], path, hints)
-    start = {k: v for k, v in scan.attrs.items()}
-    return image_dataset(arrays, path, pixel=scan.pixel, pixel_size_um=pixel_size_um, remarks=[*scan.remarks, *remarks], coords=coords, kind="sample", **start)
+    return image_dataset(arrays, path, pixel=scan.pixel, pixel_size_um=pixel_size_um, remarks=[*scan.remarks, *remarks], coords=coords, kind="sample", **scan.attrs)
 
+# %% ../../nbs/campaign/36_imaging.ipynb #40e95ec1
 def _joined(arrays, places, path):
     "Stacks of several scans, one after another."
     if len(arrays) == 1: return arrays[0]
@@ -348,7 +357,7 @@ def _joined(arrays, places, path):
     import dask.array as da
     return np.concatenate(arrays) if all(isinstance(a, np.ndarray) for a in arrays) else da.concatenate([da.asarray(a) for a in arrays])
 
-# %% ../../nbs/campaign/36_imaging.ipynb #40e95ec1
+# %% ../../nbs/campaign/36_imaging.ipynb #5994a131
 def _with_angles(arrays, scan, path, hints):
     "Projections with their angles; a detector row alone is a sinogram."
     n = arrays["projections"][1].shape[0]
@@ -361,6 +370,7 @@ def _with_angles(arrays, scan, path, hints):
     coords = {"angle": ("angle", angle)} | {k: ((), v) if np.ndim(v) == 0 else ("angle", v) for k, v in scan.coords.items()}
     return arrays, coords, remarks
 
+# %% ../../nbs/campaign/36_imaging.ipynb #ad90118b
 def _plain_images(arrays, scan, dim, path, hints):
     "Images without angles, along energy, time, depth or frame."
     if "image" not in arrays: return arrays, {}, []
@@ -393,6 +403,7 @@ def series_axis(
     if not axis and n > 1 and len(set(energy)) == n: return "energy", np.array(energy), start
     return ("time", seconds, start) if start else ("frame", None, "")
 
+# %% ../../nbs/campaign/36_imaging.ipynb #954cefcb
 def _name_values(parts, pattern):
     "The number that a regular expression finds in each name."
     try: found = [re.search(pattern, p.attrs["source"]) for p in parts]
@@ -401,9 +412,9 @@ def _name_values(parts, pattern):
         if not m or not m.groups(): raise BattError(f"{pattern!r} finds no value in {p.attrs['source']!r}", key="name_values", mend="put the number in a group: (\\d+)")
     return np.array([float(m.group(1)) for m in found])
 
+# %% ../../nbs/campaign/36_imaging.ipynb #903717c2
 def _seconds(starts, parts):
     "Seconds after the earliest start, and that start."
-    from batt_nb.core import absolute_time
     instants = np.array([absolute_time(p.assign_coords(time=0.0))[()] for p in parts])
     first = int(np.argmin(instants))
     return (instants - instants[first]).astype("int64")/1e9, starts[first]
@@ -425,15 +436,15 @@ def stack_frames(
         out[name] = ((dim, *parts[0][name].dims), _stack(arrays, dtype))
     return out
 
+# %% ../../nbs/campaign/36_imaging.ipynb #2f9f5303
 def _stack(arrays, dtype):
     "A numpy array where all are loaded, else a dask array in blocks of whole frames."
     if all(isinstance(a, np.ndarray) for a in arrays): return np.stack([a.astype(dtype, copy=False) for a in arrays])
     import dask.array as da
-    from batt_nb.campaign.stacks import BLOCK
     stack = da.stack([da.asarray(a).astype(dtype) for a in arrays])
     return stack.rechunk({0: max(1, BLOCK//max(1, stack.nbytes//len(arrays)))})
 
-# %% ../../nbs/campaign/36_imaging.ipynb #2f9f5303
+# %% ../../nbs/campaign/36_imaging.ipynb #9c92a70d
 def combine_images(
     parts:list, # Datasets as the formats read them, each with its source
     axis:str|None=None, # z, angle, energy, time or frame
@@ -452,16 +463,18 @@ def combine_images(
     if "source" not in ds.coords: ds = _source_coordinate(ds, samples[0])
     return label(flag(ds, *_shared_flags(parts), *_exposure_remark(samples, groups["reference"])))
 
+# %% ../../nbs/campaign/36_imaging.ipynb #3d9ee010
 def _role(p):
     "sample, reference or dark; a file with nothing but flat or dark fields counts as such."
     names = set(p.data_vars)
     return p.attrs.get("kind", "sample") if names & {"image", "projections"} else "reference" if "flats" in names else "dark"
 
+# %% ../../nbs/campaign/36_imaging.ipynb #bad135a4
 def _source_coordinate(ds, part):
     dim = next((d for d in ("time", "frame") if d in ds.dims), None)
     return ds.assign_coords(source=(dim, [part.attrs["source"]]*ds.sizes[dim])) if dim else ds
 
-# %% ../../nbs/campaign/36_imaging.ipynb #9c92a70d
+# %% ../../nbs/campaign/36_imaging.ipynb #ca1dd396
 def _series(samples, axis, angles, energies, name_values):
     "The sample's frames as one stack along what their order means."
     samples = sorted(samples, key=lambda p: natural(p.attrs["source"]))
@@ -479,13 +492,14 @@ def _series(samples, axis, angles, energies, name_values):
     attrs = {k: v for k, v in first.attrs.items() if k not in ("source", "start_time", "flags")} | ({"start_time": start} if start else {})
     return flag(xr.Dataset(arrays, coords, attrs), *_axis_remarks(dim, values, order, samples))
 
+# %% ../../nbs/campaign/36_imaging.ipynb #29dd2c15
 def _varying(parts, dim):
     "Scalars of each file as coordinates of the series: energy, angle, exposure, and time where dates are known."
     out = {k: (dim, [float(p[k]) for p in parts]) for k in ("energy", "angle", "exposure") if k != dim and all(k in p.coords and p[k].ndim == 0 for p in parts)}
     starts = [p.attrs.get("start_time") for p in parts]
     return out | ({"time": (dim, _seconds(starts, parts)[0])} if dim not in ("time", "frame") and all(starts) else {})
 
-# %% ../../nbs/campaign/36_imaging.ipynb #3d9ee010
+# %% ../../nbs/campaign/36_imaging.ipynb #1b952524
 def _axis_remarks(dim, values, order, samples):
     "What was assumed, and what looks wrong, along the new axis."
     if values is None: return [] if dim == "z" else [f"{len(samples)} files are in the order of their names: they do not say when they were taken"]
@@ -494,6 +508,7 @@ def _axis_remarks(dim, values, order, samples):
     if twice and dim == "energy": raise BattError(f"{twice} energies occur more than once", file=samples[0].attrs["source"], key="axis", mend="average repeats first, or give axis = time")
     return remarks + ([f"{twice} of {len(values)} files share their {dim} with another"] if twice else [])
 
+# %% ../../nbs/campaign/36_imaging.ipynb #d14f94ce
 def _shared_flags(parts):
     "Each remark of the single files once, with how many files it concerns."
     said = [r for p in parts for r in flags(p)]
@@ -503,12 +518,13 @@ def _shared_flags(parts):
         same = [r for r in said if many(r) == kind]
         yield same[0] if len(same) == 1 or len(parts) == 1 else f"{len(same)} files: {same[0]}" + ("" if len(set(same)) == 1 else " (and the like)")
 
+# %% ../../nbs/campaign/36_imaging.ipynb #72bea8aa
 def _exposure_remark(samples, references):
     times = [sorted({round(float(p.exposure), 6) for p in group if "exposure" in p.coords and p.exposure.ndim == 0}) for group in (samples, references)]
     said = [" and ".join(f"{t:g}" for t in ts) for ts in times]
     return [f"samples were exposed {said[0]} s, flat fields {said[1]} s: check whether counts scale before dividing"] if all(times) and times[0] != times[1] else []
 
-# %% ../../nbs/campaign/36_imaging.ipynb #bad135a4
+# %% ../../nbs/campaign/36_imaging.ipynb #316f018c
 def _beside(ds, parts, name):
     "Flat or dark fields beside the sample's frames, each with its own coordinates."
     dim, parts = name.removesuffix("s"), sorted(parts, key=lambda p: natural(p.attrs["source"]))
@@ -523,10 +539,10 @@ def _beside(ds, parts, name):
     coords = {f"{dim}_source": (dim, np.repeat([p.attrs["source"] for p in parts], counts))} if name not in ds else {}
     coords |= {f"{dim}_{k}": (dim, np.repeat(v[1], counts)) for k, v in _varying(parts, "frame").items()} if name not in ds else {}
     if name not in ds and "start_time" in ds.attrs and all("start_time" in p.attrs for p in parts):
-        from batt_nb.core import seconds_on
         coords[f"{dim}_time"] = (dim, np.repeat([float(seconds_on(ds, p.assign_coords(time=0.0))) for p in parts], counts))
     return _with_units(ds.drop_vars(name, errors="ignore").assign({name: ((dim, "y", "x"), data)}).assign_coords(coords), dim)
 
+# %% ../../nbs/campaign/36_imaging.ipynb #43b8eb20
 def _with_units(ds, dim):
     units = {"energy": "eV", "angle": "deg", "exposure": "s", "time": "s"}
     for k, u in units.items():
@@ -547,6 +563,7 @@ def _is_layout(find):
         except BattError as e: return e.key not in (None, "paths") # of this layout, with something to mend
     return sniff
 
+# %% ../../nbs/campaign/36_imaging.ipynb #8f25c773
 def _is_zeiss(path, head):
     if not head.startswith(_OLE): return False
     import olefile

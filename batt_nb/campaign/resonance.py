@@ -92,6 +92,7 @@ def bruker_signal(
     data = data[:rows*(row//size//2)].reshape(rows, -1)[:, :td//2]
     return _recorded_rows(path, data)
 
+# %% ../../nbs/campaign/38_resonance.ipynb #a8d3cd51
 def _recorded_rows(path, data):
     "Rows up to the last that holds a signal, with what was planned."
     import nmrglue as ng
@@ -152,18 +153,21 @@ def _signal_attrs(acqus, procs):
         if key in acqus: attrs[name] = float(acqus[key])
     return attrs
 
+# %% ../../nbs/campaign/38_resonance.ipynb #0fd55ecb
 def _dataset_attrs(acqus, title, path):
     attrs = {"technique": "nmr", "source": path.name, "title": title}
     for name, key in (("nucleus", "NUC1"), ("scans", "NS"), ("pulse_program", "PULPROG"), ("header_temperature_K", "TE"), ("header_rotor_Hz", "MASR")):
         if acqus.get(key) not in (None, ""): attrs[name] = acqus[key] if isinstance(acqus[key], (str, int, float)) else str(acqus[key])
     return attrs
 
+# %% ../../nbs/campaign/38_resonance.ipynb #00ab2f3b
 def _rotor_remark(acqus, title):
     "The rotor's rate in the parameters against the one in the title."
     said = re.search(r"(\d+(?:\.\d+)?)\s*kHz", title)
     if not said or not acqus.get("MASR") or abs(float(said.group(1))*1e3/float(acqus["MASR"]) - 1) < 0.05: return []
     return [f"the parameters give a rotor at {float(acqus['MASR'])/1e3:g} kHz, the title says {said.group(1)} kHz: trust neither without the logbook"]
 
+# %% ../../nbs/campaign/38_resonance.ipynb #924c1dd7
 def _reference_remark(procs):
     return [] if "SF" in procs else ["there is no reference (procs is missing): shifts count from the nominal frequency of the nucleus"]
 
@@ -179,6 +183,7 @@ def _row_times(ds, path, seconds, frame_time_s):
     ds = ds.rename(frame="time").assign_coords(time=np.arange(n)*float(row))
     return ds, [f"row times are inferred: row i starts at i x {row:g} s" + ("" if frame_time_s else ", the whole duration over the rows")]
 
+# %% ../../nbs/campaign/38_resonance.ipynb #a07452f1
 def read_delays(
     path, # a Bruker list of delays
 )->np.ndarray: # s
@@ -216,6 +221,7 @@ def _transform_facts(signal, reference):
     if reference == "file" and "sr_Hz" not in signal.attrs: raise BattError("the file holds no reference (SR)", key="reference", mend='give SR in Hz, or reference="none" for the nominal frequency')
     return facts | {"sr_Hz": 0.0 if reference == "none" else float(signal.attrs["sr_Hz"] if reference == "file" else reference)}
 
+# %% ../../nbs/campaign/38_resonance.ipynb #4017c5c8
 def remove_digital_filter(
     signal:xr.DataArray, # complex decays (..., acquisition_time)
 )->tuple: # (numpy array without the filter's delay, the fraction of a point that remains)
@@ -267,11 +273,13 @@ def read_jcamp(
     ds = xr.Dataset({"spectrum": ("shift", real[order])}, {"shift": shift[order]}, {"technique": "nmr", "source": name, **_jcamp_attrs(fields)})
     return label(flag(ds, *remarks, *([] if "start_time" in ds.attrs else ["the file does not say when it was recorded"])))
 
+# %% ../../nbs/campaign/38_resonance.ipynb #997a91bc
 def _check_points(data, fields, name):
     announced = int(float(fields["NPOINTS"][0])) if "NPOINTS" in fields else data.size
     if data.ndim != 1 or data.size != announced: raise BattError(f"{data.size} of {announced} points were found", file=name, key="NPOINTS", mend="the file is damaged: export it again")
     if not np.isfinite(data).all(): raise BattError(f"{int((~np.isfinite(data)).sum())} points are NaN", file=name, key="XYDATA", mend="export the spectrum again")
 
+# %% ../../nbs/campaign/38_resonance.ipynb #815b5d67
 def _jcamp_attrs(fields):
     attrs = {"title": str(fields.get("TITLE", [""])[0]), "nucleus": str(fields.get(".OBSERVENUCLEUS", [""])[0]).strip("^")}
     if m := re.match(r"(\d{4})/(\d\d)/(\d\d)\s+(\d\d:\d\d:\d\d(?:\.\d+)?)\s*([+-]\d{4})?", str(fields.get("LONGDATE", [""])[0])):
@@ -296,11 +304,12 @@ def read_profile(
     if number is not None: ds = ds.assign_coords(experiment=number)
     return label(flag(ds, *remarks, *said))
 
+# %% ../../nbs/campaign/38_resonance.ipynb #9cb559e5
 def _found(pattern, text):
     m = re.search(pattern, text)
     return m.group(1).strip() if m else ""
 
-# %% ../../nbs/campaign/38_resonance.ipynb #9cb559e5
+# %% ../../nbs/campaign/38_resonance.ipynb #913b953b
 def _profile_values(lines, head, name):
     "The numbers below the header: as many as it announces, all finite."
     try: data = np.array([float(line) for line in lines])
@@ -310,12 +319,14 @@ def _profile_values(lines, head, name):
     if not np.isfinite(data).all(): raise BattError(f"{int((~np.isfinite(data)).sum())} points are NaN", file=name, mend="export the profile again")
     return data
 
+# %% ../../nbs/campaign/38_resonance.ipynb #522ddfe2
 def _as_profile(data, fov, name):
     if not isinstance(fov, (int, float)) or not 0 < fov < np.inf: raise BattError(f"{fov!r} is no field of view", file=name, key="field_of_view_mm", mend="give mm, a positive number")
     step_um = float(fov)*1e3/len(data)
     da = xr.DataArray(data, {"z": np.arange(len(data))*step_um}, ("z",), name="signal", attrs={"long_name": "MRI profile (arbitrary units)"})
     return da, [f"positions are inferred: {float(fov):g} mm over {len(data)} points, {step_um:g} µm each, from the hint field_of_view_mm"]
 
+# %% ../../nbs/campaign/38_resonance.ipynb #f3cd14df
 def _as_shift(data, head, name):
     left, right = (_found(rf"{side} = (-?[\d.]+) ppm", head) for side in ("LEFT", "RIGHT"))
     if not left or not right: raise BattError("the header does not say where the spectrum begins and ends", file=name, key="LEFT", mend="export it again with its header")
@@ -323,6 +334,7 @@ def _as_shift(data, head, name):
     order = slice(None, None, -1) if shift[0] > shift[-1] else slice(None)
     return xr.DataArray(data[order], {"shift": shift[order]}, ("shift",), name="spectrum")
 
+# %% ../../nbs/campaign/38_resonance.ipynb #ed19708e
 def _experiment(head, name):
     "The experiment's number from the header, checked against the one in the name."
     inside, outside = _found(r"Data set = \S+\s+(\d+)\s", head), _found(r"\((\d+)\)", name)
@@ -358,6 +370,7 @@ def _ordered(parts):
     if all(p.attrs.get("start_time") for p in parts): return sorted(parts, key=lambda p: absolute_time(p.assign_coords(time=0.0))[()]), "start"
     return sorted(parts, key=lambda p: natural(p.attrs["source"])), "name"
 
+# %% ../../nbs/campaign/38_resonance.ipynb #0c10f521
 def _series_times(parts, by, frame_time_s, start):
     "The dimension of the series, its values, attributes and remarks."
     n, given = len(parts), {"start_time": start} if start else {}
@@ -369,6 +382,7 @@ def _series_times(parts, by, frame_time_s, start):
         return "time", np.arange(n)*float(frame_time_s), given, [f"times are inferred: file i, counted by {by} without gaps, starts at i x {float(frame_time_s):g} s"]
     return "frame", np.arange(n), given, [f"{n} files are in the order of their {by}; when they were taken is unknown: give frame_time_s"]
 
+# %% ../../nbs/campaign/38_resonance.ipynb #d3762849
 def _stacked(parts, dim):
     "The variables that all files have, on one axis."
     names = [n for n in parts[0].data_vars if all(n in p for p in parts)]
@@ -381,6 +395,7 @@ def _stacked(parts, dim):
     drop = lambda p: p[names].drop_vars(["experiment", "exposure"], errors="ignore")
     return xr.concat([drop(p) for p in parts], dim, combine_attrs="override").drop_attrs(deep=False)
 
+# %% ../../nbs/campaign/38_resonance.ipynb #607f18fe
 def _with_source(ds):
     dim = "time" if "time" in ds.dims else "frame"
     return ds.assign_coords(source=(dim, [ds.attrs["source"]]*ds.sizes[dim]))
@@ -394,10 +409,12 @@ def missing_experiments(
     if len(numbers) < 3 or (np.diff(numbers) == 1).mean() < 0.5: return []
     return sorted(set(range(numbers[0], numbers[-1] + 1)) - set(numbers.tolist()))
 
+# %% ../../nbs/campaign/38_resonance.ipynb #44121062
 def _missing_remark(ds):
     gone = missing_experiments(ds.experiment) if "experiment" in ds.coords and ds.experiment.ndim else []
     return [f"experiment {', '.join(map(str, gone[:5]))}{' ...' if len(gone) > 5 else ''} is missing between {int(ds.experiment.min())} and {int(ds.experiment.max())}"] if gone else []
 
+# %% ../../nbs/campaign/38_resonance.ipynb #f606fe93
 def fill_missing(
     ds:xr.Dataset, # a series with the coordinate `experiment`
 )->xr.Dataset: # along `experiment`, numbers without a gap
@@ -406,13 +423,14 @@ def fill_missing(
     dim = ds.experiment.dims[0]
     every = np.sort(np.r_[ds.experiment.values, missing_experiments(ds.experiment)]).astype(int)
     full = (ds if dim == "experiment" else ds.swap_dims({dim: "experiment"})).drop_vars("frame", errors="ignore").reindex(experiment=every)
-    return full.assign_coords(source=("experiment", ["" if s != s else str(s) for s in full.source.values])) if "source" in full.coords else full
+    return full.assign_coords(source=("experiment", [s if isinstance(s, str) else "" for s in full.source.values])) if "source" in full.coords else full
 
 # %% ../../nbs/campaign/38_resonance.ipynb #25308202
 def _is_bruker(path, head):
     path = Path(path)
     return not head and path.is_dir() and (path/"acqus").is_file() and any((path/p).is_file() for p in ("fid", "ser", "pdata/1/1r"))
 
+# %% ../../nbs/campaign/38_resonance.ipynb #f105f7e0
 def _is_jcamp(path, head):
     text = head.decode("latin-1").upper()
     return text.lstrip().startswith("##TITLE") and "##JCAMP" in text and bool(re.search(r"##DATA ?TYPE\s*=\s*NMR", text))

@@ -31,6 +31,7 @@ def file_stamp(
     except OSError as e: raise BattError(f"the file cannot be read ({e.strerror})", file=path, mend="put it back, or correct files in the manifest") from e
     return s.st_size, s.st_mtime_ns
 
+# %% ../../nbs/campaign/34_stacks.ipynb #3eb834fe
 def check_stamp(
     path, # a file
     stamp:tuple, # its `file_stamp` when it was opened
@@ -133,6 +134,7 @@ def microns(
     factor = _MICRONS.get(str(unit).strip().strip('"').lower())
     return None if factor is None or not np.isfinite(value) or value <= 0 else float(value)*factor
 
+# %% ../../nbs/campaign/34_stacks.ipynb #66af5a9f
 def _tiff_pixel(t):
     "Pixel size (y, x) in µm where the file really says it, else None."
     tags = t.pages[0].tags
@@ -160,6 +162,7 @@ def open_tiff(
     except Exception as e:
         raise BattError(f"the TIFF cannot be opened ({e})", file=Path(path).name, mend="copy it again from the instrument; it may be cut short, or no TIFF at all") from e
 
+# %% ../../nbs/campaign/34_stacks.ipynb #e2370a50
 def _check_chain(t, path):
     "Refuse a file whose last page points to a next one beyond its end: tifffile stops there in silence."
     import struct
@@ -168,6 +171,7 @@ def _check_chain(t, path):
     f.seek(last + form.tagnosize + tags*form.tagsize); following, = struct.unpack(form.offsetformat, f.read(form.offsetsize))
     if following >= f.size: raise _cut(path, f"{len(t.pages)} pages and the next at byte {following}", f.size, following)
 
+# %% ../../nbs/campaign/34_stacks.ipynb #894b0342
 def _lead(series):
     "Axes before y and x, those of length 1 left out."
     return [(a, n) for a, n in zip(series.axes, series.shape, strict=True) if a not in "YXS" and n > 1]
@@ -191,10 +195,11 @@ def _tiff_frames(path, t, series):
     if offsets[-1] + nbytes > size: raise _cut(path, f"{n} frames of {y} x {x}", size, int(offsets[-1]) + nbytes)
     return PlainFrames(*common, offsets, t.byteorder)
 
+# %% ../../nbs/campaign/34_stacks.ipynb #b50e521e
 def _cut(path, what, size, need):
     return BattError(f"the file is cut short: {what} need more than {need - 1} bytes, it has {size}", file=Path(path).name, mend="copy it again from the instrument")
 
-# %% ../../nbs/campaign/34_stacks.ipynb #b50e521e
+# %% ../../nbs/campaign/34_stacks.ipynb #c4e38ba5
 def same_channels(
     color:np.ndarray, # (..., y, x, channels)
     path, # the file, for the error
@@ -205,12 +210,14 @@ def same_channels(
         raise BattError("the image is in color", file=Path(path).name, mend="export the measured values as a gray image; colors of a colormap cannot be turned back")
     return np.ascontiguousarray(gray)
 
+# %% ../../nbs/campaign/34_stacks.ipynb #82141649
 @dataclass(frozen=True, eq=False)
 class LoadedFrames(Frames):
     "Frames that are in memory already."
     data: np.ndarray # (frames, y, x)
     def read(self, start, stop): return self.data[start:stop]
 
+# %% ../../nbs/campaign/34_stacks.ipynb #f0f70b27
 def _gray_frames(path, series):
     if series.axes[-1] != "S": raise BattError("the image is in color, one plane a channel", file=Path(path).name, mend="export the measured values as a gray image")
     gray = same_channels(series.asarray(), path)
@@ -240,10 +247,12 @@ def image_dataset(
         if abs(pixel[0]/pixel[1] - 1) > 1e-3: remarks.append(f"pixels are not square: {pixel[0]:g} x {pixel[1]:g} µm (y, x)")
     return label(flag(ds, *remarks, *_not_finite(ds)))
 
+# %% ../../nbs/campaign/34_stacks.ipynb #79fa19eb
 def _positive(value, path):
     if not isinstance(value, (int, float)) or not 0 < value < np.inf: raise BattError(f"{value!r} is no pixel size", file=Path(path).name, key="pixel_size_um", mend="give µm a pixel, a positive number")
     return float(value)
 
+# %% ../../nbs/campaign/34_stacks.ipynb #d4ded3ce
 def _not_finite(ds):
     "A flag for each loaded image that holds NaN or infinite pixels; large stacks are not read for it."
     for name, da in ds.data_vars.items():
@@ -322,11 +331,12 @@ def read_tiff(
     dim, coords, said = _first_axis(axis, lead[0], facts)
     return stack_dataset(array, dim, path, role, angles, energies, coords, remarks=[*remarks, *said], **more)
 
+# %% ../../nbs/campaign/34_stacks.ipynb #275afe41
 def _tiff_remarks(facts, frames):
     if facts["said"] > frames.shape[0]: raise BattError(f"the file is cut short: it announces {facts['said']} images and holds {frames.shape[0]}", file=Path(frames.path).name, mend="copy it again from the instrument")
     return [f"the file holds {facts['series']} series of images {facts['shapes']}; the first was read"] if facts["series"] > 1 else []
 
-# %% ../../nbs/campaign/34_stacks.ipynb #275afe41
+# %% ../../nbs/campaign/34_stacks.ipynb #19b72151
 def _first_axis(axis, lead, facts):
     "The dimension of a stack, its coordinate where the file gives one, and a remark where nobody says what it is."
     letter, n = lead
@@ -336,12 +346,14 @@ def _first_axis(axis, lead, facts):
     if dim == "time" and not coords: dim = "frame"
     return dim, coords, [] if axis or letter in _AXES else ["the file does not say what its pages are: they are called frames; give axis = z, angle, energy or time"]
 
+# %% ../../nbs/campaign/34_stacks.ipynb #e798199b
 def _axis_coords(dim, n, facts):
     "Times or depths where the file gives their step."
     if dim == "time" and facts["finterval"]: return {"time": ("time", np.arange(n)*float(facts["finterval"]))}
     step = dim == "z" and facts["spacing"] and microns(float(facts["spacing"]), facts["unit"])
     return {"z": ("z", np.arange(n)*step)} if step else {}
 
+# %% ../../nbs/campaign/34_stacks.ipynb #12040904
 def _hyperstack(array, lead, path, facts, remarks=(), **more):
     "More than one axis before y and x."
     dims = [_AXES.get(a, "frame") for a, _ in lead]
@@ -351,6 +363,7 @@ def _hyperstack(array, lead, path, facts, remarks=(), **more):
     shape = tuple(n for _, n in lead)
     return image_dataset({"image": ((*dims, "y", "x"), array.reshape(*shape, *array.shape[1:]))}, path, coords=coords, remarks=remarks, kind="sample", **more)
 
+# %% ../../nbs/campaign/34_stacks.ipynb #cfc136fe
 def read_sinogram(array, path, angles, **more):
     "One detector row at all angles, or a stack of such rows (y)."
     coords = {"angle": ("angle", axis_values(angles, array.shape[-2], "angles", path))}

@@ -29,6 +29,7 @@ def open_ole(
     ole.close()
     raise BattError("the file holds no images of a Zeiss or Xradia microscope", file=Path(path).name, mend="give the .xrm or .txrm file itself")
 
+# %% ../../nbs/campaign/37_zeiss.ipynb #a2b70629
 def stream(
     ole, # open compound document
     name:str, # of the stream
@@ -65,6 +66,7 @@ def image_dates(
     dates = [_date(t) for t in texts]
     return dates if all(dates) else []
 
+# %% ../../nbs/campaign/37_zeiss.ipynb #bf62fd43
 def _date(text):
     for form in ("%m/%d/%y %H:%M:%S", "%m/%d/%Y %H:%M:%S", "%m/%d/%Y %H:%M:%S.%f", "%m/%d/%y %H:%M:%S.%f"):
         try: return datetime.strptime(text, form)
@@ -91,6 +93,7 @@ class ZeissFrames(Frames):
                 out[i - start] = image.reshape(out[0].shape)
         return out
 
+# %% ../../nbs/campaign/37_zeiss.ipynb #c93fcf18
 def open_zeiss(
     path, # .xrm or .txrm file
     ole, # the open document
@@ -140,6 +143,7 @@ def _image_table(ole, n, path):
     if (announced := stream(ole, "ImageInfo/NoOfImages", "<i4")).size and announced[0] > n: remarks.append(f"{announced[0]} images were planned, {n} taken")
     return table, remarks
 
+# %% ../../nbs/campaign/37_zeiss.ipynb #15169fb9
 def _series(table):
     "What varies names the dimension; the rest become coordinates on it."
     varies = lambda v: v is not None and len(np.unique(np.round(v, 3))) > 1
@@ -149,7 +153,7 @@ def _series(table):
     if table["date"]: coords["time"] = (dim, np.array([(d - min(table["date"])).total_seconds() for d in table["date"]]))
     return dim, coords | {k: (dim, table[k]) for k in ("energy", "angle", "exposure") if table[k] is not None}
 
-# %% ../../nbs/campaign/37_zeiss.ipynb #15169fb9
+# %% ../../nbs/campaign/37_zeiss.ipynb #388d6cff
 def _stored_flat(ole, path):
     "The flat field that is stored with a series, if there is one."
     if not ole.exists("ReferenceData/Image"): return {}
@@ -159,6 +163,7 @@ def _stored_flat(ole, path):
     if not dtype or len(raw) % (y*x): raise BattError(f"the stored flat field of {len(raw)} bytes does not fit {y} x {x} pixels", file=Path(path).name, key="ReferenceData/Image", mend="export the reference as a file of its own")
     return {"flats": (("flat", "y", "x"), np.frombuffer(raw, dtype).reshape(1, y, x).astype(dtype[1:]))}
 
+# %% ../../nbs/campaign/37_zeiss.ipynb #8e132cde
 def _attributes(table, path, flats, darks):
     "Sample or reference, and the start of the first image."
     kind = frame_kind(path, flats or "*_ref_*", darks)
