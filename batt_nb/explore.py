@@ -56,6 +56,7 @@ def one(
     if f.is_fid: values = spectrum_of(f, values)[0]
     return (np.abs(values) if np.iscomplexobj(values) else values).astype(float)
 
+# %% ../nbs/50_explore.ipynb #cd0d7559
 def spectrum_of(
     f:Frames, # a series of decays
     decay, # one of them, complex
@@ -69,6 +70,7 @@ def spectrum_of(
     spectrum = fourier_transform(xr.DataArray(decay, dims=dim, attrs=attrs), reference="file" if "sr_Hz" in attrs else "none")
     return spectrum.values, spectrum["shift"].values, "Chemical shift (ppm)" if "sr_Hz" in attrs else "Chemical shift from the nominal frequency (ppm)"
 
+# %% ../nbs/50_explore.ipynb #2eba9604
 def axis(
     f:Frames, # the series
     dim:str, # a dimension that is drawn
@@ -94,6 +96,7 @@ class Places(NamedTuple):
     voltage: np.ndarray # V
     note: str # what could not be done, and why
 
+# %% ../nbs/50_explore.ipynb #65536263
 def place(
     f:Frames, # the series
     echem:xr.Dataset|None=None, # record of the same cell
@@ -185,6 +188,7 @@ class Contour(NamedTuple):
     label: str # of the y axis
     limits: tuple # lower and upper limit for a single frame's plot
 
+# %% ../nbs/50_explore.ipynb #cd7a000e
 def contour(
     f:Frames, # the series
     p:Places, # where its frames stand
@@ -221,6 +225,7 @@ def window_of(
     low, high = max(whole[0], moving[0] - pad), min(whole[1], moving[-1] + pad)
     return (float(low), float(high)) if 0 < high - low < 0.5*(whole[1] - whole[0]) else whole
 
+# %% ../nbs/50_explore.ipynb #6f698767
 def shades(
     c:Contour, # the series as read
     window:tuple, # part of the axis to show
@@ -271,6 +276,7 @@ def state_of(
         words.append(BRANCHES[int(number("branch"))])
     return ", ".join(words) if np.isfinite(number("voltage")) else "no electrochemistry is joined to this frame"
 
+# %% ../nbs/50_explore.ipynb #038f7e2e
 def caption(
     f:Frames, # the series
     p:Places, # where its frames stand
@@ -320,6 +326,7 @@ def quantity(f:Frames)->str: # e.g. "Intensity", "Modulus of the spectrum"
     long_name = da.attrs.get("long_name", VARIABLES.get(f.variable, ("1", f.variable))[1])
     return with_unit(long_name, da.attrs.get("units", "1"))
 
+# %% ../nbs/50_explore.ipynb #7a078607
 def _draw_frame(ax, f, i, window):
     "One frame with matplotlib: a line, or an image."
     if f.is_image:
@@ -341,6 +348,7 @@ def _figure(**options):
     fig.min_border_left, fig.axis.axis_label_text_font_style = 70, "normal"
     return fig
 
+# %% ../nbs/50_explore.ipynb #021f8a33
 def _voltage_figure(f, p, c, width):
     "The voltage curve, and on it the voltages that the join gave the frames."
     from bokeh.models import Range1d
@@ -358,6 +366,7 @@ def _colors(z, change):
     if not high > low: low, high = low - 0.5, high + 0.5
     return {"low": float(low), "high": float(high), "palette": interp_palette(RdBu11, 255) if change else Viridis256}
 
+# %% ../nbs/50_explore.ipynb #4fbf930e
 def _contour_figure(f, p, c, x_range, width):
     "The contour, and what sets its window and its shades."
     from bokeh.models import ColorBar, LinearColorMapper, Range1d
@@ -398,6 +407,7 @@ def shrink(
     y, x = (n//k*k for n in image.shape)
     return image[:y, :x].reshape(y//k, k, x//k, k).mean((1, 3)) if k > 1 else image
 
+# %% ../nbs/50_explore.ipynb #68477c2b
 def _line_figure(f, limits, width):
     "A frame as a line over the first one, and what draws another."
     from bokeh.models import ColumnDataSource, Range1d
@@ -477,6 +487,7 @@ def _offline():
     import panel as pn
     pn.extension(inline=True)
 
+# %% ../nbs/50_explore.ipynb #8753abdf
 def _stop(f, p, i):
     "What the slider says at one frame."
     if f.walk != "time": return f"{i + 1} of {len(f)}"
@@ -504,6 +515,7 @@ def view(
     cell = data.techniques[technique].cell
     return explorer(data.joined(technique), data.echem(cell), variable, width)
 
+# %% ../nbs/50_explore.ipynb #6d5cb0ca
 def explorable(
     campaign, # a Campaign
 )->list[str]: # names in the manifest

@@ -68,7 +68,6 @@ class Curve:
         self.slope = (b - a)/np.where(dt > 0, dt, 1)
         table = [dt/6*(a**k + 4*((a+b)/2)**k + b**k) for k in range(1, self.order+1)]
         self.area = [np.concatenate([[0.0], np.cumsum(x)]) for x in table]
-        self.doubt = np.concatenate([[0.0], np.cumsum((b-a)**2*dt**2/12)])
 
     def row(self, u): # the row before each instant
         return np.clip(np.searchsorted(self.t, u, "right") - 1, 0, len(self.t) - 2)
@@ -90,10 +89,17 @@ class Curve:
         means = (self.integral(end, self.row(end)) - self.integral(u, i))/np.where(width > 0, width, 1)
         return np.where(width > 0, means, values) if point else means
 
-    def unsure(self, u, width): # same shape as u: variance of the average, for what lies between rows
-        "How badly the rows fix the average over a window."
-        spread = np.interp(u + width, self.t, self.doubt) - np.interp(u, self.t, self.doubt)
-        return np.where(width > 0, spread/np.where(width > 0, width, 1)**2, np.diff(self.s)[self.row(u)]**2/12)
+# %% ../../nbs/campaign/62_clocks.ipynb #a7e7a712
+def _unsure(
+    curve:Curve,
+    u:np.ndarray, # s, starts of windows
+    width:np.ndarray, # s, same shape
+)->np.ndarray: # same shape: variance of the average, for what lies between rows
+    "How badly the rows fix the average over a window."
+    dt, ds = np.diff(curve.t), np.diff(curve.s)
+    doubt = np.concatenate([[0.0], np.cumsum(ds**2*dt**2/12)])
+    spread = np.interp(u + width, curve.t, doubt) - np.interp(u, curve.t, doubt)
+    return np.where(width > 0, spread/np.where(width > 0, width, 1)**2, ds[curve.row(u)]**2/12)
 
 # %% ../../nbs/campaign/62_clocks.ipynb #a3c50309
 @dataclass
@@ -170,6 +176,7 @@ class Noise:
         white = _products(fixed, varied, self.w) if white is None else white
         return white if self.factor is None else white - _products(self.half(fixed), self.half(varied))
 
+# %% ../../nbs/campaign/62_clocks.ipynb #53ccd9bb
 def _products(fixed, varied, w=None): # (column, frame), (candidate, column, frame) -> (candidate, columns, columns)
     "Products of all columns, those that are the same for every candidate first."
     wf, wv = (fixed, varied) if w is None else (fixed*w, varied*w)
@@ -260,7 +267,7 @@ def _weight(
     "Less weight for frames whose average the cycler's rows do not fix."
     rss, _, b = _rss(noise.gram(*model.design(c, d)))
     gain = b[0, 1 + model.aging] + (model.z*b[0, -1] if model.aging else 0)
-    return 1/(1 + gain**2*model.curve.unsure(model.times(c, d)[0], model.frames.width)*model.freedom/rss[0])
+    return 1/(1 + gain**2*_unsure(model.curve, model.times(c, d)[0], model.frames.width)*model.freedom/rss[0])
 
 # %% ../../nbs/campaign/62_clocks.ipynb #7ec153e1
 def _group(frames:Frames, most:int=300)->tuple[Frames, int]: # fewer, longer frames; how many went into one
@@ -300,6 +307,7 @@ class Belief:
         xd = self.xd - middle*self.dd
         return Belief(self.x - self.d*middle, self.d, self.xx - 2*middle*self.xd + middle**2*self.dd, xd, self.dd)
 
+# %% ../../nbs/campaign/62_clocks.ipynb #1ba8fb57
 def _moments(x, d, p, cell=(0.0, 0.0)): # p sums to 1; cell: spacing of the grid, which blurs what it cannot resolve
     "The belief that a table of probabilities amounts to."
     mx, md = (p*x).sum(), (p*d).sum()
@@ -312,6 +320,7 @@ def _probability(logs, d, prior): # (noise, all cells) -> like d, sums to 1
     p = np.exp(log - log.max())
     return p/p.sum()
 
+# %% ../../nbs/campaign/62_clocks.ipynb #3e5fc688
 def _zoom(
     model:Model, belief:Belief, # about the offset in the middle and the drift
     choices:list, # gamma and tau of the noises
@@ -325,6 +334,7 @@ def _zoom(
     cell = (x[1, 0] - x[0, 0], d[0, 1] - d[0, 0] if prior else 0.0)
     return _moments(x, d, _probability(logs, d, prior), cell), *_keep(choices, logs)
 
+# %% ../../nbs/campaign/62_clocks.ipynb #753d7c24
 def _table(
     model:Model, belief:Belief, choices:list, prior:float, weight=None,
 )->tuple[np.ndarray, np.ndarray, Belief]: # offsets at time 0 (s), their probability, the belief
@@ -367,6 +377,7 @@ def _evidence(model:Model, c:float, d:float, noise:Noise)->tuple[float, float, f
     variance = rss[0]/model.freedom
     return model.freedom*np.log(null[0]/rss[0]), explained/max(variance*noise.gamma, 1e-12), np.sqrt(variance)
 
+# %% ../../nbs/campaign/62_clocks.ipynb #264842ec
 def _doubts(chi2:float, share:float, follows:str)->str: # "" where there are none
     "Why the feature cannot tell the time, in a sentence."
     if chi2 < CLEAR:
@@ -394,6 +405,7 @@ def _quantiles(x, p, level): # lower and upper end that leave the same probabili
     c = np.concatenate([[0.0], np.cumsum((p[1:] + p[:-1])/2)])
     return np.interp([(1-level)/2, (1+level)/2], c/c[-1], x)
 
+# %% ../../nbs/campaign/62_clocks.ipynb #c48c7de8
 def _report(x, p, belief, prior, level)->tuple[dict, str]: # numbers, remark
     "Offset and drift with their uncertainty; the drift only where the data narrow it."
     lower, upper = _quantiles(x, p, level)
@@ -419,6 +431,7 @@ def _prepare(feature, echem, follows, max_offset, max_drift, response, aging): #
     keep = slice(max(near[0]-1, 0), near[-1]+2) if len(near) > 2 else slice(None)
     return frames, t[keep], s[keep], remarks
 
+# %% ../../nbs/campaign/62_clocks.ipynb #c676fdbc
 def _select(frames, t, lo, hi, max_drift, max_gap): # standardized frames, the feature's own spread
     "The frames inside the record for all these offsets."
     part = frames[_inside(frames, t, lo, hi, max_drift, max_gap)] if len(frames) else frames
