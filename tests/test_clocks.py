@@ -138,7 +138,7 @@ def test_frames_in_a_pause_are_left_out():
 
 
 def test_start_stamps_count():
-    feature, echem, offset, _ = two_clocks(60, 9)
+    feature, echem, *_ = two_clocks(60, 9)
     stamp = lambda da, text: da.assign_attrs(start_time=text)
     same = find(60, stamp(feature, "2026-01-01T00:00:00"), stamp(echem, "2026-01-01T00:00:00"))
     later = find(60, stamp(feature, "2026-01-01T00:00:30"), stamp(echem, "2026-01-01T00:00:00"))

@@ -10,6 +10,7 @@ import hashlib
 import json
 from contextlib import ExitStack
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -80,8 +81,8 @@ def stage_hash(self:Campaign,
 @cache
 def reading_code()->str: # changes when any of the modules that read and store does
     "A hash of the code of this room: a mended reader reads the raw files anew."
-    folder = Path(__file__).parent
-    return hashlib.blake2b(b"".join(p.read_bytes() for p in [*sorted(folder.glob("*.py")), folder.parent/"core.py"]), digest_size=6).hexdigest()
+    folder = Path(find_spec("batt_nb").origin).parent
+    return hashlib.blake2b(b"".join(p.read_bytes() for p in [*sorted((folder/"campaign").glob("*.py")), folder/"core.py"]), digest_size=6).hexdigest()
 
 # %% ../../nbs/campaign/80_campaign.ipynb #597dfa0f
 @patch
