@@ -128,8 +128,12 @@ def seconds_on(
     ds:xr.Dataset|xr.DataArray, # data of the same cell with `time` and `start_time`
 )->np.ndarray: # seconds of each frame of `ds` after the true start of `clock`
     "The time of one technique's frames on the other's clock."
+    own = np.asarray(ds["time"].values, float)*(1 + float(ds.attrs.get("clock_drift", 0.0)))
+    if ds is clock or (ds.attrs.get("clock") and ds.attrs.get("clock") == clock.attrs.get("clock")): return own
     if ds.attrs.get("relative_to"):
-        return np.asarray(ds["time"].values, float)*(1 + float(ds.attrs.get("clock_drift", 0.0))) + float(ds.attrs.get("clock_offset", 0.0))
+        if clock.attrs.get("clock", ds.attrs["relative_to"]) != ds.attrs["relative_to"]:
+            raise BattError(f"the frames count on the clock of {ds.attrs['relative_to']}, not of {clock.attrs['clock']}", key="clock.relative_to", mend="correct clock.relative_to in the manifest")
+        return own + float(ds.attrs.get("clock_offset", 0.0))
     (t0, known), (_, other) = start_instant(clock), start_instant(ds)
     if known != other:
         raise BattError("one clock says its time zone, the other does not: they cannot be compared", key="clock.timezone",

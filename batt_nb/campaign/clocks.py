@@ -96,10 +96,12 @@ def _unsure(
     width:np.ndarray, # s, same shape
 )->np.ndarray: # same shape: variance of the average, for what lies between rows
     "How badly the rows fix the average over a window."
-    dt, ds = np.diff(curve.t), np.diff(curve.s)
-    doubt = np.concatenate([[0.0], np.cumsum(ds**2*dt**2/12)])
+    dt, slope = np.diff(curve.t), np.concatenate([curve.slope[:1], curve.slope, curve.slope[-1:]])
+    ds = np.diff(curve.s)
+    jump = np.minimum(np.abs(ds - slope[:-2]*dt), np.abs(ds - slope[2:]*dt))
+    doubt = np.concatenate([[0.0], np.cumsum(jump**2*dt**2/12)])
     spread = np.interp(u + width, curve.t, doubt) - np.interp(u, curve.t, doubt)
-    return np.where(width > 0, spread/np.where(width > 0, width, 1)**2, ds[curve.row(u)]**2/12)
+    return np.where(width > 0, spread/np.where(width > 0, width, 1)**2, jump[curve.row(u)]**2/12)
 
 # %% ../../nbs/campaign/62_clocks.ipynb #a3c50309
 @dataclass

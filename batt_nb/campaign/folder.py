@@ -109,7 +109,7 @@ def _ingest_one(self:Campaign, name, progress):
         paths = stack.enter_context(materialize(found + log))
         ds = read_series([(p, s.name) for p, s in zip(paths, found)], t.kind, self._hints(t, found), stack, progress)
         ds = set_clock(ds, t.clock, paths[-1] if log else None)
-        ds = ds.assign_attrs(cell=t.cell, scale=t.scale, **_beam(t, ds))
+        ds = ds.assign_attrs(cell=t.cell, scale=t.scale, clock=name, **_beam(t, ds))
         ds = record(ds, "campaign.ingest", {"files": [str(s.path.name) + (f"::{s.member}" if s.member else "") for s in found][:50], "n_files": len(found), **t.hints})
         write_stage(ds, path, progress)
     self.store.supersede(path)
