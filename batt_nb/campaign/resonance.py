@@ -346,9 +346,11 @@ def combine_spectra(
     parts:list, # Datasets as the formats read them, each with its source
     frame_time_s:float|None=None, # from one file to the next, where files do not say their time
     start:str|None=None, # ISO 8601 start of the first
+    nucleus:str|None=None, # such as 19F, where files do not say it
     **_, # hints of single formats
 )->xr.Dataset:
     "A series of decays, spectra or profiles from single files."
+    if nucleus: parts = [_with_nucleus(p, nucleus) for p in parts]
     ready = [p for p in parts if {"time", "frame"} & set(p.dims)]
     if len(parts) == 1 and ready: return _with_source(parts[0])
     if ready: raise BattError("a pseudo-2-D experiment cannot be joined with others", file=ready[0].attrs.get("source"), mend="read it as a technique of its own")
@@ -359,6 +361,13 @@ def combine_spectra(
         if all(name in p.coords for p in parts): ds = ds.assign_coords({name: (dim, [p[name].item() for p in parts])})
     shared = {k: v for k, v in parts[0].attrs.items() if k not in ("flags", "source", "start_time") and all(p.attrs.get(k) == v for p in parts)}
     return label(flag(ds.assign_attrs(shared | attrs), *dict.fromkeys(r for p in parts for r in flags(p)), *remarks, *_missing_remark(ds)))
+
+# %% ../../nbs/campaign/38_resonance.ipynb #d7563e8c
+def _with_nucleus(ds, nucleus):
+    "A file's data with the nucleus that the manifest names."
+    if ds.attrs.get("nucleus") not in (None, "", nucleus):
+        raise BattError(f"the file says {ds.attrs['nucleus']}, the hint {nucleus}", file=ds.attrs.get("source"), key="nucleus", mend="leave the hint out")
+    return ds.assign_attrs(nucleus=nucleus)
 
 # %% ../../nbs/campaign/38_resonance.ipynb #be427d20
 def _ordered(parts):
@@ -442,4 +451,4 @@ FORMATS = (
 )
 READER = Reader("nmr", FORMATS, combine_spectra, {
     "field_of_view_mm": "MRI profiles: what LEFT to RIGHT spans", "frame_time_s": "s from one file (or row) to the next, where files do not say their time",
-    "start": "ISO 8601 start of the first, where files do not say it"})
+    "start": "ISO 8601 start of the first, where files do not say it", "nucleus": "which nucleus, such as 19F, where files do not say it"})
