@@ -8,7 +8,7 @@ __all__ = ['METRICS', 'THUMBNAIL', 'LOADERS', 'MAIN', 'AXES', 'COLORS', 'FONT', 
            'thumbnail', 'small_figure', 'main_variable', 'frames_of', 'fid_spectrum', 'Look', 'with_hours',
            'open_for_report', 'look_at', 'columns', 'rows', 'bokeh_theme', 'start_plots', 'shown', 'named',
            'bokeh_figure', 'hover', 'legend_right', 'thin', 'envelope', 'voltage_panel', 'picture', 'diverging',
-           'color_limits', 'operando_contour', 'contour_thumbnail', 'waterfall', 'with_slider', 'slider',
+           'color_limits', 'operando_contour', 'by_number', 'contour_thumbnail', 'waterfall', 'with_slider', 'slider',
            'slider_frames', 'frame_titles', 'image_slider', 'small_images', 'noise_level', 'missing_numbers', 'quality',
            'quality_panels', 'remarks', 'headers', 'half_cycles', 'half_cycle_table', 'differential_capacity',
            'differential_figure', 'mean_slope', 'slopes', 'slope_table', 'compare_slopes', 'setting_words',
@@ -184,14 +184,17 @@ def fid_spectrum(
     ds:xr.Dataset, # `signal` (complex) on `acquisition_time` (s)
 )->xr.DataArray: # magnitude on `shift` (ppm) or `frequency` (Hz)
     "The magnitude spectrum of a free induction decay."
+    from batt_nb.campaign.resonance import fourier_transform
     fid = ds["signal"].load()
+    words = {"long_name": "Magnitude of the Fourier transform"}
+    if "bf1_MHz" in fid.attrs: return label(np.abs(fourier_transform(fid, reference="file" if "sr_Hz" in fid.attrs else "none")).assign_attrs(words))
     n, t = fid.sizes["acquisition_time"], fid["acquisition_time"].values
     power = fid.get_axis_num("acquisition_time")
     spectrum = np.abs(np.fft.fftshift(np.fft.fft(fid.values, axis=power), axes=power))
     hertz = np.fft.fftshift(np.fft.fftfreq(n, (t[-1] - t[0])/(n - 1)))
     out = xr.DataArray(spectrum, dims=[("frequency" if d == "acquisition_time" else d) for d in fid.dims], name="spectrum",
                        coords={"frequency": hertz} | {k: v for k, v in fid.coords.items() if "acquisition_time" not in v.dims})
-    return label(out.assign_attrs(fid.attrs | {"long_name": "Magnitude of the Fourier transform"}))
+    return label(out.assign_attrs(words))
 
 # %% ../nbs/60_report.ipynb #6deafb57
 @dataclass
@@ -414,12 +417,13 @@ def picture(
     clock:str="since the first frame", # what the hours count from
     change:bool=False, # show the difference to the first frame
     height:int=330, # pixels
+    first:int=0, # number of the first frame, where the frames have no times
     **options, # of the figure
 ):
     "The frames as an image against time."
     from bokeh.models import ColorBar, LinearColorMapper
     timed = "hours" in frames.coords
-    x, which = columns(frames["hours"].values if timed else np.arange(frames.shape[0], dtype=float))
+    x, which = columns(frames["hours"].values if timed else first + np.arange(frames.shape[0], dtype=float))
     y, curves = rows(frames[frames.dims[1]].values, frames.values - (_first_known(frames) if change else 0))
     z = np.where(which[None] >= 0, curves[which].T, np.nan).astype("float32")
     dx, dy = (float(c[1] - c[0]) if c.size > 1 else 1.0 for c in (x, y))
@@ -478,6 +482,21 @@ def _widen(x_range, hours):
     "Show the cell's record around the frames too, as far as one tenth of the frames' span on either side."
     span = x_range.end - x_range.start
     x_range.start, x_range.end = max(min(x_range.start, float(hours.min())), x_range.start - 0.1*span), min(max(x_range.end, float(hours.max())), x_range.end + 0.1*span)
+
+# %% ../nbs/60_report.ipynb #49d013bc
+def by_number(
+    look:Look, # a technique whose frames carry `experiment`
+)->Html:
+    "The frames by experiment number, missing ones masked; a sentence where none is missing."
+    from batt_nb.campaign.resonance import fill_missing
+    ds = look.frames.drop_vars("hours", errors="ignore").rename("frames").to_dataset()
+    if "experiment" not in ds.coords: return say("The frames are not numbered.")
+    full = fill_missing(ds)
+    lost = [int(n) for n in full["experiment"].values if n not in ds["experiment"].values]
+    if not lost: return say("No experiment number is missing.")
+    plot = picture(full["frames"].rename(experiment="frame").drop_vars("frame"), height=230, title="By experiment number", first=int(full["experiment"][0]))
+    plot.xaxis.axis_label = "Experiment number"
+    return Html(shown(plot).html + say(f"Missing, and masked: experiment {', '.join(map(str, lost))}. Whether it took time is unknown; times are counted without it.", kind="note").html)
 
 # %% ../nbs/60_report.ipynb #6adac073
 def contour_thumbnail(
@@ -1363,7 +1382,7 @@ def sister_joins(
         if out is None: rows_.append({"technique": n, "cell": t.cell, "frames": campaign[n].sizes.get("time", 0), "joined": 0, "others": len(others), "voltage here minus others (mV)": np.nan, "spread of others (mV)": np.nan, "why not": said[0] if said else "no lithium content"}); continue
         done[n], d = out, (out["voltage"] - out["voltage_others"]).values*1e3
         rows_.append({"technique": n, "cell": t.cell, "frames": out.sizes["time"], "joined": int(np.isfinite(d).sum()), "others": len(others), "voltage here minus others (mV)": float(np.nanmedian(d)) if np.isfinite(d).any() else np.nan,
-                      "spread of others (mV)": float(np.nanmedian(out["voltage_spread"])) * 1e3 if "voltage_spread" in out and np.isfinite(out["voltage_spread"]).any() else np.nan, "why not": ""})
+                      "spread of others (mV)": float(np.nanmedian(out["voltage_others_spread"]))*1e3 if np.isfinite(out["voltage_others_spread"]).any() else np.nan, "why not": ""})
     return done, rows_
 
 # %% ../nbs/60_report.ipynb #6c827fc6

@@ -51,7 +51,9 @@ def _quiet(
     gap = np.maximum(np.diff(t, prepend=t[0]), np.diff(t, append=t[-1]))
     half = np.minimum(room//2, np.minimum(rows, seconds//np.maximum(gap, 1e-9))).astype(int)
     lo, hi = k - half, k + half
-    mean = lambda x: (lambda c: (c[hi+1] - c[lo])/(2*half + 1))(np.concatenate([[0.0], np.cumsum(x - x[0])])) + x[0]
+    def mean(x):
+        total = np.concatenate([[0.0], np.cumsum(x - x[0])])
+        return (total[hi+1] - total[lo])/(2*half + 1) + x[0]
     slope = (v[hi] - v[lo])/np.where(t[hi] > t[lo], t[hi] - t[lo], 1)
     return mean(v) - slope*(mean(t) - t)
 
@@ -399,8 +401,8 @@ def _answer(candidates, reason="", remarks=(), profile=None, **numbers)->xr.Data
     profile = np.full(len(candidates), np.nan) if profile is None else profile
     ds["profile"] = ("candidate", profile, {"units": "1", "long_name": "Δχ² of the offset in the middle of the series"})
     ds["reason"] = reason
-    return flag(ds.assign_coords(candidate=("candidate", candidates, {"units": "s", "long_name": "Offset"})), *remarks) if remarks else \
-           ds.assign_coords(candidate=("candidate", candidates, {"units": "s", "long_name": "Offset"}))
+    ds = ds.assign_coords(candidate=("candidate", candidates, {"units": "s", "long_name": "Offset"}))
+    return flag(ds, *remarks) if remarks else ds
 
 def _quantiles(x, p, level): # lower and upper end that leave the same probability outside
     "The interval of a tabulated probability."
@@ -414,8 +416,9 @@ def _report(x, p, belief, prior, level)->tuple[dict, str]: # numbers, remark
     known = bool(prior) and np.sqrt(belief.dd) < 0.5*prior
     offset = belief.x if known or not prior else belief.x - belief.xd/belief.dd*belief.d
     drift = belief.d if known else 0.0
-    numbers = dict(offset=offset, offset_sigma=np.sqrt(belief.xx + (belief.x-offset)**2), offset_lower=lower, offset_upper=upper, drift=drift,
-                   drift_sigma=np.sqrt(belief.dd + (belief.d-drift)**2), correlation=belief.xd/np.sqrt(belief.xx*belief.dd) if prior else 0.0, drift_identifiable=known)
+    numbers = {"offset": offset, "offset_sigma": np.sqrt(belief.xx + (belief.x-offset)**2), "offset_lower": lower, "offset_upper": upper,
+               "drift": drift, "drift_sigma": np.sqrt(belief.dd + (belief.d-drift)**2), "drift_identifiable": known,
+               "correlation": belief.xd/np.sqrt(belief.xx*belief.dd) if prior else 0.0}
     return numbers, "" if known or not prior else f"the drift cannot be told from 0 within ±{2*prior:.1g}: it is reported as 0, and the offset's sigma includes it"
 
 # %% ../../nbs/campaign/62_clocks.ipynb #dc0a5960
@@ -486,7 +489,7 @@ def find_offset(
     frames, t, s, remarks = _prepare(feature, echem, follows, max_offset, max_drift, response, aging)
     candidates = np.linspace(-max_offset, max_offset, 241)
     part, spread = _select(frames, t, -max_offset, max_offset, max_drift, max_gap)
-    own = dict(offset_lower=-max_offset, offset_upper=max_offset, frames=len(part))
+    own = {"offset_lower": -max_offset, "offset_upper": max_offset, "frames": len(part)}
     if reason := _hopeless(part, len(frames), spread, s, max_offset, 11 + response + 2*aging, follows):
         return _answer(candidates, reason, remarks, **own)
     curve = Curve(t, (s - s.mean())/s.std(), response)
@@ -494,12 +497,15 @@ def find_offset(
     scan = Model(grouped, curve, aging)
     own["profile"], _, best = _scan(scan, candidates, [(g*m, tau) for g, tau in choices])
     lo, hi, reason = _valley(scan, candidates, own["profile"], Noise(grouped.t, *best), max_drift, follows)
-    if reason: return _answer(candidates, reason, remarks, **own | dict(offset_lower=lo, offset_upper=hi))
+    own |= {"offset_lower": lo, "offset_upper": hi}
+    if reason: return _answer(candidates, reason, remarks, **own)
     part, spread = _select(frames, t, lo, hi, max_drift, max_gap)
     model, prior = Model(part, curve, aging), max_drift/2
-    belief, kept, noise, weight = _refine(replace(scan, frames=_group(part)[0]), model, lo, hi, choices, _group(part)[1], prior)
+    grouped, m = _group(part)
+    belief, kept, noise, weight = _refine(replace(scan, frames=grouped), model, lo, hi, choices, m, prior)
     chi2, share, sigma = _evidence(model, belief.x, belief.d, noise)
-    own |= dict(offset_lower=lo, offset_upper=hi, frames=len(part), residual_sigma=sigma*spread, misfit_sigma=sigma*spread*np.sqrt(noise.gamma), misfit_time=noise.tau)
+    own |= {"frames": len(part), "residual_sigma": sigma*spread, "misfit_sigma": sigma*spread*np.sqrt(noise.gamma),
+            "misfit_time": noise.tau if noise.gamma else np.nan}
     if reason := _doubts(chi2, share, follows): return _answer(candidates, reason, remarks, **own)
     numbers, remark = _report(*_table(model, belief, kept, prior, weight), prior, level)
-    return _answer(candidates, "", [*remarks, *filter(None, [remark])], **own | numbers | dict(identifiable=1))
+    return _answer(candidates, "", [*remarks, *filter(None, [remark])], **own | numbers, identifiable=1)
