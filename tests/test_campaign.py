@@ -41,16 +41,19 @@ def spectrum(path, minute, n=101):
     path.write_text(header + "\n".join(f"{e:.2f} {m:.6f}" for e, m in zip(energy, mu, strict=True)) + "\n", encoding="utf-8")
 
 
-@pytest.fixture
-def folder(tmp_path):
+def make_campaign(parent):
     """One cell at C/2 with six spectra, ten minutes apart; names with quotes, accents and markup."""
-    campaign = tmp_path/"campagne <i>é</i>"
+    campaign = parent/"campagne <i>é</i>"
     (campaign/"raw").mkdir(parents=True)
     t = np.arange(0, 3601, 10)
     (campaign/"raw"/"cell.csv").write_text("test_time_second,voltage_volt,current_ampere\n" + "\n".join(f"{s},{3.5 + s/7200:.5f},0.001" for s in t) + "\n")
     for i in range(6): spectrum(campaign/"raw"/STRANGE.format(i), 10*i)
     (campaign/"campaign.toml").write_text(MANIFEST, encoding="utf-8")
     return campaign
+
+
+@pytest.fixture
+def folder(tmp_path): return make_campaign(tmp_path)
 
 
 def test_raw_files_become_joined_frames(folder):
