@@ -86,7 +86,7 @@ def test_the_code_is_hidden_until_it_is_asked_for(index, page):
     page.goto(f"file://{index.parent/'first_look_xas'}.html")
     code = page.get_by_text("operando_contour(", exact=False).first
     assert not code.is_visible()
-    page.get_by_text("show code").click()
+    page.locator("label.bn-toggle").click()
     page.wait_for_timeout(300)
     assert code.is_visible()
 
