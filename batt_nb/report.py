@@ -1612,9 +1612,10 @@ def render(
     return page_frame(title, body, footer, sections, head=bokeh_js() if "bn-figure" in body else "")
 
 def bokeh_js()->str: # script elements
-    "BokehJS, whole."
-    from bokeh.resources import Resources
-    return Resources(mode="inline", components=list(BOKEH)).render_js()
+    "BokehJS, whole, from its own files: Bokeh's resources would add what other libraries of the process ask for, Panel's files among them."
+    from bokeh.settings import settings
+    folder = Path(settings.bokehjs_path())/"js"
+    return "\n".join(f"<script type='text/javascript'>\n{(folder/f'{name}.min.js').read_text(encoding='utf-8')}\n</script>" for name in BOKEH)
 
 # %% ../nbs/60_report.ipynb #2dca62a1
 def provenance(

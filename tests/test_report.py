@@ -128,3 +128,9 @@ def test_templates_travel_with_the_package():
     for name in names:
         nb = nbformat.read(Path(next(iter(batt_nb.reports.__path__)))/name, 4)
         assert sum("parameters" in c.metadata.get("tags", []) for c in nb.cells) == 1, name
+
+
+def test_pages_do_not_depend_on_what_else_the_process_has_imported():
+    code = "from batt_nb.report import bokeh_js; a = bokeh_js(); import panel; panel.extension(); print(bokeh_js() == a, '</script' in a[a.index('>'):a.rindex('</script>')].replace('</script>\\n<script', ''))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.split() == ["True", "False"]
