@@ -10,6 +10,7 @@ __all__ = ['SIGNALS', 'chunk_shape', 'blocks', 'Draft', 'signal_of', 'replacing'
 import errno
 import io
 import os
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -80,8 +81,10 @@ def _fill(f, ds, draft, progress=False):
 
 # %% ../../nbs/campaign/50_store.ipynb #7e0f5082
 class Draft(io.FileIO):
-    "A file for HDF5 to write to, which remembers a refused write instead of failing HDF5 with it."
+    "A file for HDF5 to write to, which remembers a refused write instead of failing HDF5 with it, and flushes to the disk as it grows."
     lost = None # the first OSError
+    _since, _flusher = 0, None # bytes since the last flush, and the thread that does it
+
     def write(self, data):
         view, done = memoryview(data).cast("B"), 0
         try:
@@ -89,7 +92,19 @@ class Draft(io.FileIO):
         except OSError as e:
             self.lost = self.lost or e
             self.seek(len(view) - done, os.SEEK_CUR)
+        self._since += len(view)
+        if self._since > 2**26 and not (self._flusher and self._flusher.is_alive()):
+            self._since, self._flusher = 0, threading.Thread(target=self._flush)
+            self._flusher.start()
         return len(view)
+
+    def _flush(self):
+        try: os.fdatasync(self.fileno())
+        except OSError as e: self.lost = self.lost or e
+
+    def close(self):
+        if self._flusher: self._flusher.join()
+        super().close()
 
     def check(self)->None:
         "Raise what was remembered."
