@@ -622,8 +622,8 @@ def image_slider(
     words = [str(titles[i]) for i in picked] if titles is not None else [f"{da.dims[0]} {i + 1}" for i in picked]
     plot = bokeh_figure(named(x), named(y), int(width*tall/wide), frame_width=width, title=words[0], x_range=(0, wide), y_range=(tall, 0))
     mapper = LinearColorMapper(palette=Greys256, low=0, high=255)
-    shown = [plot.image([g[::-1]], x=0, y=tall, dw=wide, dh=tall, color_mapper=mapper, visible=k == 0) for k, g in enumerate(grey)]
-    return with_slider([plot], len(shown), "Image", "shown.forEach((r, k) => { r.visible = k == i }); title.text = words[i];", shown=shown, title=plot.title, words=[plot_text(w) for w in words])
+    drawn = [plot.image([g], x=0, y=0, dw=wide, dh=tall, color_mapper=mapper, visible=k == 0) for k, g in enumerate(grey)]
+    return with_slider([plot], len(drawn), "Image", "drawn.forEach((r, k) => { r.visible = k == i }); title.text = words[i];", drawn=drawn, title=plot.title, words=[plot_text(w) for w in words])
 
 # %% ../nbs/60_report.ipynb #17ef39ce
 def small_images(
