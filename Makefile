@@ -1,4 +1,4 @@
-# make report [CAMPAIGN=folder] | make test | make test-slow | make lab | make bench | make readme | make hooks
+# make report [CAMPAIGN=folder] | make test | make test-slow | make lab | make docs | make bench | make readme | make hooks
 SHELL := /bin/bash
 PYTHON ?= python3.11
 CAMPAIGN ?= data_samples/nmc-sample
@@ -6,10 +6,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TESTED := $(VENV)/.ready-tests
+DOCUMENTED := $(VENV)/.ready-docs
 # another index for torch, e.g. a CUDA build: make TORCH_INDEX=https://...
 PIP_EXTRA := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: report test test-slow lab bench readme clean hooks
+.PHONY: report test test-slow lab docs bench readme clean hooks
 
 report: $(READY)
 	@$(BIN)/batt-nb report "$(CAMPAIGN)" $(if $(RAW_ROOT),--raw-root "$(RAW_ROOT)")
@@ -22,6 +23,9 @@ test-slow: $(TESTED)
 
 lab: $(READY)
 	@$(BIN)/batt-nb lab nbs
+
+docs: $(DOCUMENTED)
+	@$(BIN)/python environments/docs/build.py
 
 bench: $(TESTED)
 	@bash nbs/benchmarks/run.sh $(BIN)
@@ -40,5 +44,9 @@ $(TESTED): $(READY)
 	@bash environments/setup.sh "$(PYTHON)" "$(VENV)" dev "$(PIP_EXTRA)"
 	@touch $@
 
+$(DOCUMENTED): $(READY)
+	@bash environments/setup.sh "$(PYTHON)" "$(VENV)" docs "$(PIP_EXTRA)"
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build _docs _proc *.egg-info

@@ -8,17 +8,17 @@ __all__ = ['METRICS', 'THUMBNAIL', 'LOADERS', 'MAIN', 'AXES', 'COLORS', 'FONT', 
            'thumbnail', 'small_figure', 'main_variable', 'frames_of', 'fid_spectrum', 'Look', 'with_hours',
            'open_for_report', 'look_at', 'columns', 'rows', 'bokeh_theme', 'start_plots', 'shown', 'named',
            'bokeh_figure', 'hover', 'legend_right', 'thin', 'envelope', 'voltage_panel', 'picture', 'diverging',
-           'color_limits', 'operando_contour', 'by_number', 'contour_thumbnail', 'waterfall', 'with_slider', 'slider',
-           'slider_frames', 'frame_titles', 'image_slider', 'small_images', 'noise_level', 'missing_numbers', 'quality',
-           'quality_panels', 'remarks', 'headers', 'half_cycles', 'half_cycle_table', 'differential_capacity',
-           'differential_figure', 'mean_slope', 'slopes', 'slope_table', 'compare_slopes', 'setting_words',
-           'response_statement', 'response_figure', 'feature_against_time', 'voltage_table', 'voltage_sentence',
-           'total', 'strongest_window', 'peak_position', 'repeatability', 'alike', 'trend_allowed', 'edge_of',
-           'near_edge', 'correlation_sentence', 'sigma_of', 'repeat_statement', 'repeatability_figure', 'center',
-           'nucleus_statement', 'mean_grey', 'image_table', 'cycling_panels', 'curve_thumbnail', 'cycle_slider',
-           'echem_quality', 'states_of', 'campaign_cards', 'cell_table', 'technique_table', 'timeline', 'sister_figure',
-           'protocols_thumbnail', 'protocol_table', 'sister_joins', 'sister_join_table', 'first_feature',
-           'content_figure', 'Job', 'find_templates', 'plan', 'code_hash', 'input_hash', 'write_whole',
+           'color_limits', 'operando_contour', 'by_number', 'contour_thumbnail', 'ends', 'waterfall', 'with_slider',
+           'slider', 'slider_frames', 'frame_titles', 'image_slider', 'small_images', 'noise_level', 'missing_numbers',
+           'quality', 'quality_panels', 'remarks', 'headers', 'half_cycles', 'half_cycle_table',
+           'differential_capacity', 'differential_figure', 'mean_slope', 'slopes', 'slope_table', 'compare_slopes',
+           'setting_words', 'response_statement', 'response_figure', 'feature_against_time', 'voltage_table',
+           'voltage_sentence', 'total', 'strongest_window', 'peak_position', 'repeatability', 'alike', 'trend_allowed',
+           'edge_of', 'near_edge', 'correlation_sentence', 'sigma_of', 'repeat_statement', 'repeatability_figure',
+           'center', 'nucleus_statement', 'mean_grey', 'image_table', 'cycling_panels', 'curve_thumbnail',
+           'cycle_slider', 'echem_quality', 'states_of', 'campaign_cards', 'cell_table', 'technique_table', 'timeline',
+           'sister_figure', 'protocols_thumbnail', 'protocol_table', 'sister_joins', 'sister_join_table',
+           'first_feature', 'content_figure', 'Job', 'find_templates', 'plan', 'code_hash', 'input_hash', 'write_whole',
            'check_parameters', 'run_template', 'page_frame', 'take_out', 'render', 'bokeh_js', 'provenance',
            'make_page', 'read_record', 'pages', 'index_html', 'report', 'prepare', 'refresh', 'write_index']
 
@@ -511,6 +511,15 @@ def contour_thumbnail(
     axes.imshow(np.where(which[None] >= 0, curves[which].T, np.nan), origin="lower", aspect="auto", vmin=low, vmax=high, cmap="viridis", interpolation="nearest")
     return thumbnail(figure)
 
+# %% ../nbs/60_report.ipynb #e2a85f17
+def ends(
+    axis:xr.DataArray, # what is drawn along x
+    values:np.ndarray, # its values, rising
+)->tuple[float, float]: # at the left and at the right
+    "The ends of a plot: a chemical shift falls from left to right, as chemists draw it, and all else rises."
+    low, high = float(values[0]), float(values[-1])
+    return (high, low) if axis.name == "shift" else (low, high)
+
 # %% ../nbs/60_report.ipynb #c5768990
 def waterfall(
     frames:xr.DataArray, # (time or frame, axis), with `hours` where known
@@ -528,7 +537,7 @@ def waterfall(
     lifted = [c + i*shift*span for i, c in enumerate(curves) if keep[i]]
     mapper = LinearColorMapper(palette="Viridis256", low=float(at[keep].min()), high=float(at[keep].max()) + 1e-9)
     label_, unit = named(frames)
-    plot = bokeh_figure(named(frames[axis]), (f"{label_}, shifted", unit), 430, x_range=(float(y[0]), float(y[-1])))
+    plot = bokeh_figure(named(frames[axis]), (f"{label_}, shifted", unit), 430, x_range=ends(frames[axis], y))
     drawn = plot.multi_line("xs", "ys", source={"xs": [y.astype("float32")]*len(lifted), "ys": [c.astype("float32") for c in lifted], "at": at[keep]}, color={"field": "at", "transform": mapper}, line_width=1.6)
     hover(plot, drawn, ("Time (h)" if timed else "Frame", "@at{0.00}"))
     plot.add_layout(ColorBar(color_mapper=mapper, width=14, padding=4, title="Time (h)" if timed else "Frame"), "right")
@@ -560,7 +569,7 @@ def slider(
     axis, picked = frames[frames.dims[1]], slider_frames(frames, most)
     y, curves = rows(axis.values, frames.values[picked], 700)
     titles = [_frame_title(frames, i) for i in picked]
-    top = bokeh_figure(named(axis), named(frames), 340, title=titles[0], x_range=(float(y[0]), float(y[-1])), y_range=_room(curves))
+    top = bokeh_figure(named(axis), named(frames), 340, title=titles[0], x_range=ends(axis, y), y_range=_room(curves))
     top.line(y, curves[0], color="#b5b5b5", line_width=2)
     now, every = ColumnDataSource({"x": y, "y": curves[0]}), ColumnDataSource({"y": curves.astype("float32").ravel()})
     top.line("x", "y", source=now, color=COLORS[0], line_width=2.2)
@@ -1158,7 +1167,7 @@ def repeatability_figure(
     y, curves = rows(axis.values, frames.values[picked], 1200)
     rest = curves - np.nanmean(curves, axis=0)
     step = 2*float(np.nanpercentile(np.abs(rest), 99.5))
-    plot = bokeh_figure(named(axis), ("Pattern minus mean, shifted", named(frames)[1]), 340, title=f"Differences between patterns; a point's standard uncertainty is {np.median(sigma):.3g} in the median, before binning", x_range=(float(y[0]), float(y[-1])))
+    plot = bokeh_figure(named(axis), ("Pattern minus mean, shifted", named(frames)[1]), 340, title=f"Differences between patterns; a point's standard uncertainty is {np.median(sigma):.3g} in the median, before binning", x_range=ends(axis, y))
     for k, (i, r) in enumerate(zip(picked, rest)): plot.line(y, r + k*step, color=COLORS[k % len(COLORS)], line_width=1, legend_label=f"{i + 1}")
     legend_right(plot, "Pattern")
     return shown(plot)

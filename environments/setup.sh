@@ -18,7 +18,7 @@ fi
 "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed, $venv has an older one" >&2; exit 1; }
 echo "installing the tested versions (one to four minutes)"
 # shellcheck disable=SC2086
-"$venv/bin/pip" install -q --disable-pip-version-check -c environments/constraints.txt $more -e ".[biologic${extra:+,$extra}]" 2> >(grep -v '^WARNING: Location' >&2)
+"$venv/bin/pip" install -q --disable-pip-version-check -c environments/constraints.txt $more -e ".[biologic,twin${extra:+,$extra}]" 2> >(grep -v '^WARNING: Location' >&2)
 if [ "$extra" = dev ] && ! command -v chromium >/dev/null; then
   if may_install; then
     echo "installing Chromium for the browser tests"

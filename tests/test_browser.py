@@ -75,7 +75,7 @@ def test_moving_the_slider_changes_the_picture(index, page, name):
     page.wait_for_timeout(1500)
     figure = page.locator(".bn-figure", has=page.locator(".noUi-handle")).first
     before = pixels(figure)
-    if name == "first_look_xct": assert (before.max(axis=2) < 200).mean() > 0.2 # a grey image, not an empty frame
+    if name == "first_look_xct": assert (before.max(axis=2) < 100).mean() > 0.08 # dark pores: a picture, where an empty frame has letters and lines alone
     handle.focus()
     for _ in range(3): page.keyboard.press("ArrowRight")
     page.wait_for_timeout(700)
