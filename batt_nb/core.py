@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DIMENSIONS', 'VARIABLES', 'BattError', 'label', 'require', 'flags', 'flag', 'start_instant', 'absolute_time',
-           'seconds_on', 'history', 'library_version', 'content_hash', 'record', 'step']
+           'seconds_on', 'history', 'library_version', 'content_hash', 'record', 'step', 'stream']
 
 # %% ../nbs/00_core.ipynb #2bf87aaa
 import functools
@@ -208,3 +208,12 @@ def step(f):
         plain = {k: v for k, v in given.items() if not is_data(v) and not (isinstance(v, (list, tuple)) and any(map(is_data, v)))}
         return record(f(*args, **kwargs), f"{f.__module__.removeprefix('batt_nb.')}.{f.__name__}", plain, *data)
     return wrapped
+
+# %% ../nbs/00_core.ipynb #b5b6ce58
+def stream(
+    seed:int, # of the whole
+    *words, # what is drawn: names and numbers
+)->np.random.Generator:
+    "A generator of random numbers of its own for each purpose."
+    digest = hashlib.blake2b("\0".join(map(str, words)).encode(), digest_size=16).digest()
+    return np.random.default_rng([int(seed), *np.frombuffer(digest, "<u4").tolist()])
