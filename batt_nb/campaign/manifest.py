@@ -115,6 +115,7 @@ class Manifest(_Strict):
     @model_validator(mode="after")
     def _names_fit(self):
         for name, t in self.techniques.items():
+            if name == "truth": raise ValueError("no technique can be named truth: that is what a simulated campaign's truth is called")
             if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name): raise ValueError(f"the technique name {name!r} must be letters, digits and _")
             if t.clock.relative_to and t.clock.relative_to not in self.techniques:
                 raise ValueError(f"techniques.{name}.clock.relative_to is {t.clock.relative_to!r}, which is not a technique of the manifest")

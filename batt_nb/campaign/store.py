@@ -221,7 +221,8 @@ class Store:
 
     def stages(self)->dict: # (technique, stage) -> path of the newest
         found = sorted((self.folder/"store").glob("*.*.*.h5"), key=lambda p: p.stat().st_mtime_ns)
-        return {tuple(p.name.split(".")[:2]): p for p in found if not p.name.startswith(".")}
+        truth = {("truth", p.stem): p for p in sorted((self.folder/"truth").glob("*.h5"))} # of a simulated campaign; not made from raw files
+        return truth | {tuple(p.name.split(".")[:2]): p for p in found if not p.name.startswith(".")}
 
     def supersede(self, path:Path)->None: # drop older files of the same technique and stage
         technique, stage, *_ = path.name.split(".")
