@@ -19,5 +19,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "clocks": ["find_offset"],
         "protocol": ["same_protocol", "protocol_differences"],
         "drafting": ["draft_manifest"],
+        "releasing": ["verify_release"],
     },
 )

@@ -24,7 +24,7 @@ def sniff_folder(
 )->tuple[dict, dict]: # technique -> files relative to the folder (members after ::), and file -> why it was left out
     "Find the technique of every raw file in a folder, archives looked into."
     folder, found, left = Path(folder), defaultdict(list), {}
-    skip = {"store", "reports", "export"}
+    skip = {"store", "reports", "export", "release", "truth"}
     files = sorted((p for p in folder.rglob("*") if not skip & set(p.relative_to(folder).parts) and not any(q.startswith(".") for q in p.relative_to(folder).parts)), key=lambda p: natural(str(p)))
     inside_measurement = []
     for path in tqdm(files, desc="look into", disable=not progress or len(files) < 20):

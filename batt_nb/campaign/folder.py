@@ -141,8 +141,8 @@ def __getitem__(self:Campaign,
 )->xr.Dataset: # lazy
     "The data of one technique."
     name, _, stage = key.partition("/")
-    self._technique(name)
     stages = self.store.stages()
+    if name != "truth": self._technique(name)
     held = [s for t, s in stages if t == name]
     if (stage and stage not in held) or not held:
         raise BattError(f"{key!r} is not in the store", file=self.folder/"store", mend=f"the store holds {name} {', '.join(held)}" if held else "run campaign.ingest() first")
@@ -213,6 +213,19 @@ def export(self:Campaign,
         kind = self._technique(name).kind
         export_dataset(self[name] if kind == "echem" else self.joined(name), folder/name)
     return folder
+
+@patch
+def release(self:Campaign,
+    folder=None, # a new folder; release/<name>-<version> in the campaign's folder where left out
+    *,
+    version:str="1.0.0", # semantic
+    date=None, # ISO 8601 date of publication; today where left out
+    raw:bool=True, # with the raw files
+    store:bool=True, # with the ingested stages
+)->Path: # the release
+    "Write the campaign as a data set to cite: files, license, citation, checksums, RO-Crate."
+    from batt_nb.campaign.releasing import write_release
+    return write_release(self, folder, version=version, date=date, raw=raw, store=store)
 
 @patch
 def report(self:Campaign,
