@@ -18,9 +18,10 @@ __all__ = ['METRICS', 'THUMBNAIL', 'LOADERS', 'MAIN', 'AXES', 'COLORS', 'FONT', 
            'center', 'nucleus_statement', 'mean_grey', 'image_table', 'cycling_panels', 'curve_thumbnail',
            'cycle_slider', 'echem_quality', 'states_of', 'campaign_cards', 'cell_table', 'technique_table', 'timeline',
            'sister_figure', 'protocols_thumbnail', 'protocol_table', 'sister_joins', 'sister_join_table',
-           'first_feature', 'content_figure', 'Job', 'find_templates', 'plan', 'code_hash', 'input_hash', 'write_whole',
-           'check_parameters', 'run_template', 'page_frame', 'take_out', 'render', 'bokeh_js', 'provenance',
-           'make_page', 'read_record', 'pages', 'index_html', 'report', 'prepare', 'refresh', 'write_index']
+           'first_feature', 'content_figure', 'Job', 'find_templates', 'has_truth', 'plan', 'code_hash', 'input_hash',
+           'write_whole', 'check_parameters', 'run_template', 'page_frame', 'take_out', 'render', 'bokeh_js',
+           'provenance', 'make_page', 'read_record', 'pages', 'index_html', 'report', 'prepare', 'refresh',
+           'write_index']
 
 # %% ../nbs/60_report.ipynb #cba62795
 import base64
@@ -1434,7 +1435,7 @@ def _content_panel(look, feature, title, link):
     return plot
 
 # %% ../nbs/60_report.ipynb #29e45154
-KINDS = ("echem", "xas", "xrd", "xct", "nmr", "campaign")
+KINDS = ("echem", "xas", "xrd", "xct", "nmr", "campaign", "truth") # truth: of a simulated campaign
 
 @dataclass(frozen=True)
 class Job:
@@ -1459,6 +1460,12 @@ def find_templates(
         out.append(path)
     return out
 
+def has_truth(
+    campaign, # an open campaign
+)->bool:
+    "Whether the campaign is simulated and carries its truth."
+    return any((Path(campaign.folder)/"truth").glob("*.h5"))
+
 def plan(
     campaign, # an open campaign
     templates:list[Path], # from `find_templates`
@@ -1467,7 +1474,7 @@ def plan(
     jobs = []
     for path in templates:
         base, _, kind = re.sub(r"^\d+_", "", path.stem).rpartition("_")
-        names = [""] if kind == "campaign" else [n for n, t in campaign.techniques.items() if t.kind == kind]
+        names = [""]*has_truth(campaign) if kind == "truth" else [""] if kind == "campaign" else [n for n, t in campaign.techniques.items() if t.kind == kind]
         jobs += [Job(path, n, f"{base}_{n}" if n else base, f"{base.replace('_', ' ').capitalize()}: {n or campaign.name}") for n in names]
     return jobs
 
@@ -1485,7 +1492,8 @@ def input_hash(
 )->str:
     "A hash of all that goes into a page."
     used = [n for n, t in campaign.techniques.items() if not job.technique or n == job.technique or t.kind == "echem"]
-    parts = [job.template.read_bytes().decode(), code_hash(), parameters, campaign.name, {n: campaign.stage_hash(n) for n in used},
+    truth = {p.name: hashlib.blake2b(p.read_bytes(), digest_size=8).hexdigest() for p in sorted((Path(campaign.folder)/"truth").glob("*.h5"))} if job.template.stem.endswith("_truth") else {}
+    parts = [job.template.read_bytes().decode(), code_hash(), truth, parameters, campaign.name, {n: campaign.stage_hash(n) for n in used},
              {n: campaign.techniques[n].model_dump(mode="json") for n in used}, {n: c.model_dump(mode="json") for n, c in campaign.cells.items()}]
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=12).hexdigest()
 

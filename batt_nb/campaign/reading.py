@@ -163,8 +163,16 @@ def _times_from_table(ds, clock, table):
     for n, r in zip(names, rows, strict=True):
         if len(r) != 1: raise BattError(f"{len(r)} rows of the log fit the frame {n!r}", file=Path(table).name, key="clock.key", mend="name the column whose values stand in the file names")
     picked = log.iloc[[r[0] for r in rows]]
-    start = pd.to_datetime(picked[clock.start_column]).to_numpy("datetime64[ns]"); end = pd.to_datetime(picked[clock.end_column]).to_numpy("datetime64[ns]")
+    (start, aware), (end, _) = (_stamps(picked[c], table, c) for c in (clock.start_column, clock.end_column))
     seconds = lambda delta: delta.astype("int64") / 1e9
     ds = ds.drop_vars("time", errors="ignore").assign_coords(time=(dim, seconds(start - start.min())), exposure=(dim, seconds(end - start)))
     ds = (ds if dim == "time" else ds.swap_dims(frame="time").drop_vars("frame", errors="ignore")).sortby("time")
-    return ds.assign_attrs(start_time=str(pd.Timestamp(start.min()).isoformat()))
+    return ds.assign_attrs(start_time=pd.Timestamp(start.min()).isoformat() + ("+00:00" if aware else ""))
+
+def _stamps(column, table, name):
+    "Instants of a log's column: UTC where the stamps carry their zone, else as they stand; and whether they do."
+    import pandas as pd
+    zoned = column.str.contains(r"(?:Z|[+-]\d\d:?\d\d)$", regex=True).fillna(False)
+    if zoned.any() and not zoned.all(): raise BattError("some stamps of the log carry a time zone, others do not", file=Path(table).name, key=name, mend="write them alike")
+    try: return pd.to_datetime(column, utc=bool(zoned.all()), format="ISO8601" if zoned.all() else None).dt.tz_localize(None).to_numpy("datetime64[ns]"), bool(zoned.all())
+    except (ValueError, TypeError) as e: raise BattError(f"a stamp of the log cannot be read ({e})", file=Path(table).name, key=name, mend="write stamps as 2026-03-10T11:32:01") from e

@@ -18,7 +18,7 @@ from ..core import BattError, label, stream
 from .diffusion import run_half_cell
 from .many_particles import SITES, TIME, VOLT, Ensemble, run
 from .materials import material
-from .microstructure import Microstructure, make_microstructure
+from .microstructure import limits_of, make_microstructure
 from .protocol import make_protocol
 
 # %% ../../nbs/twin/18_cells.ipynb #4ad0e7eb
@@ -54,7 +54,7 @@ def draw_differences(
     side = spread*rng.uniform(0.1, 0.8)*(1 if m.cathode else -1)
     dead, spot = spread*rng.uniform(0.0, 0.06), tuple(0.5 + spread*rng.uniform(-0.2, 0.2, 2))
     start = START[name] + spread*rng.normal()*0.004
-    return Differences(weighed*(1 + error), weighed, float(np.clip(start, 0.005, 0.995)), ohm, side, dead, spot, 0.45, 1 + 24*dose)
+    return Differences(weighed*(1 + error), weighed, float(np.clip(start, 0.005, 0.995)), ohm, side, dead, spot, 0.45, 1 + 5*dose)
 
 # %% ../../nbs/twin/18_cells.ipynb #da214636
 WALL = 0.03 # of a particle's volume
@@ -211,6 +211,7 @@ def make_cell(
     seed:int=0, # of the batch
     micro=None, # a microstructure; one of the cell's own where None
     size=(48, 96, 96), # voxels of it
+    voxel:float|None=None, # µm of it; the material's usual one where None
     protocol="CC", # CC, CCCV, GITT, or a list of (cycle, Step)
     rate:float=0.1, # C, of a protocol by name
     cycles:int=1, # of a protocol by name
@@ -221,7 +222,7 @@ def make_cell(
     m = material(name)
     d = differences or draw_differences(name, seed, cell)
     steps = make_protocol(name, protocol, rate, cycles) if isinstance(protocol, str) else protocol
-    micro = micro or make_microstructure(name, size, seed=int(stream(seed, "microstructure of", cell).integers(2**31)))
+    micro = micro or make_microstructure(name, size, voxel=voxel, seed=int(stream(seed, "microstructure of", cell).integers(2**31)))
     rng, weight = stream(seed, "particles of", cell), micro.counts/micro.counts.sum()
     dead, spot = choose_dead(weight, d.dead, rng), find_spot(micro, d)
     per_x = d.mass*m.capacity*1e-6*3600 # C
@@ -250,7 +251,7 @@ def _solid_solution(cell, live, slow, rng):
     r = cell.record
     depth = cell.micro.particles["center"].values[:, 0]/(cell.micro.size[0]*cell.micro.voxel) # 0 at the collector
     layer = np.clip(((1 - depth)*r.sizes["layer"]).astype(int), 0, r.sizes["layer"] - 1)
-    lag = np.exp(0.5*rng.normal(size=layer.size))*120.0 + (slow - 1)*150.0 # s
+    lag = np.exp(0.5*rng.normal(size=layer.size))*120.0 + (slow - 1)*600.0 # s
     mean = r["shells"].values.mean(-1)[:, layer]
     behind = np.zeros_like(mean)
     for k, dt in enumerate(np.diff(r["time"].values), 1): # each particle follows its place with a first-order lag
@@ -266,21 +267,21 @@ def lithium(
     cell:HiddenCell, # a cell
     t, # s, one time, or several
     *,
-    z0:int=0, # first layer
-    z1:int|None=None, # one after the last
+    z=None, y=None, x=None, # (first, one after the last) voxel; all where None
 )->xr.DataArray: # [time, z, y, x] or [z, y, x], NaN outside of active material
-    "The lithium content of every voxel of a slab."
-    particle, k = cell.micro.ranks(z0, z1)
+    "The lithium content of every voxel of a box."
+    box = {"z": z, "y": y, "x": x}
+    particle, k = cell.micro.ranks(**box)
     inside = particle >= 0
     p, n = particle[inside], cell.micro.counts[particle[inside]].astype(float)
     lower, upper = k[inside]/n, (k[inside] + 1)/n
     out = np.full((np.size(t), *particle.shape), np.nan, "float32" if particle.size > 2**24 else "float64")
     for i, one in enumerate(np.atleast_1d(t)):
-        x = profile(cell, one)[0]
-        inner = np.concatenate([np.zeros((x.shape[0], 1)), np.cumsum(x, axis=1)/x.shape[1]], axis=1)
+        parts = profile(cell, one)[0]
+        inner = np.concatenate([np.zeros((parts.shape[0], 1)), np.cumsum(parts, axis=1)/parts.shape[1]], axis=1)
         out[i, inside] = n*(_between(inner, p, upper) - _between(inner, p, lower))
-    coords = cell.micro.labels(z0, z1).coords
-    da = xr.DataArray(out, {"time": np.atleast_1d(np.asarray(t, float)), **coords}, ("time", "z", "y", "x"), name="lithium_content")
+    at = {d: (d, (np.arange(*b) + 0.5)*cell.micro.voxel, {"units": "µm", "long_name": d}) for d, b in limits_of(cell.micro, **box).items()}
+    da = xr.DataArray(out, {"time": np.atleast_1d(np.asarray(t, float)), **at}, ("time", "z", "y", "x"), name="lithium_content")
     return label(da if np.ndim(t) else da.isel(time=0))
 
 def _between(inner, p, u):
@@ -332,7 +333,7 @@ def lithium_map(
     layers=None, # (first, one after the last) layers that the beam crosses; all where None
 )->tuple[xr.DataArray, xr.DataArray]: # lithium content [time, y, x] (NaN where no material), thickness [y, x] in µm
     "The mean lithium content along the beam, and the active material that it crosses."
-    volume = lithium(cell, np.atleast_1d(t), z0=layers[0] if layers else 0, z1=layers[1] if layers else None)
+    volume = lithium(cell, np.atleast_1d(t), z=layers)
     n = np.isfinite(volume.isel(time=0)).sum("z")
     thick = (n*cell.micro.voxel).rename("thickness").assign_attrs(units="µm", long_name="Active material along the beam")
     return volume.mean("z", keep_attrs=True), thick
