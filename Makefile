@@ -1,7 +1,7 @@
 # make report [CAMPAIGN=folder] | make test | make test-slow | make lab | make docs | make bench | make readme | make hooks
 SHELL := /bin/bash
 PYTHON ?= python3.11
-CAMPAIGN ?= data_samples/nmc-sample
+CAMPAIGN ?= data_samples/lfp-twin
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready

@@ -17,8 +17,8 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not instal
 @pytest.fixture(scope="module")
 def index(tmp_path_factory):
     """The sample campaign's reports, made from its raw files."""
-    folder = tmp_path_factory.mktemp("sample")/"nmc-sample"
-    shutil.copytree(ROOT/"data_samples"/"nmc-sample", folder, ignore=shutil.ignore_patterns("store", "reports", "campaign.h5"))
+    folder = tmp_path_factory.mktemp("sample")/"lfp-twin"
+    shutil.copytree(ROOT/"data_samples"/"lfp-twin", folder, ignore=shutil.ignore_patterns("store", "reports", "campaign.h5"))
     index = report(Campaign.open(folder).ingest(progress=False))
     assert {p["status"] for p in pages(index)} == {"made"}, [p["error"] for p in pages(index)]
     return index
@@ -57,7 +57,7 @@ def drawn(page):
     return sum(pixels(canvases.nth(i)).std() > 3 for i in range(canvases.count()) if canvases.nth(i).is_visible() and canvases.nth(i).bounding_box()["height"] > 60)
 
 
-@pytest.mark.parametrize("name", ["overview", "first_look_echem_A", "first_look_xas", "first_look_xrd", "first_look_xct", "first_look_nmr"])
+@pytest.mark.parametrize("name", ["overview", "recovered", "first_look_echem_A", "first_look_xas", "first_look_xrd", "first_look_xct", "first_look_nmr"])
 def test_a_page_shows_its_plots_and_needs_no_network(index, page, name):
     page.goto(f"file://{index.parent/name}.html")
     page.wait_for_selector("canvas", state="attached", timeout=30_000)

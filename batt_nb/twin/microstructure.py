@@ -120,7 +120,10 @@ def limits_of(
     z=None, y=None, x=None, # (first, one after the last) voxel; all where None
 )->dict: # dimension -> (first, one after the last)
     "The limits of a box of voxels."
-    return {d: (0, n) if b is None else (int(b[0]), int(b[1])) for d, n, b in zip("zyx", micro.size, (z, y, x), strict=True)}
+    out = {d: (0, n) if b is None else (int(b[0]), int(b[1])) for d, n, b in zip("zyx", micro.size, (z, y, x), strict=True)}
+    for (d, (a, b)), n in zip(out.items(), micro.size, strict=True):
+        if not 0 <= a < b <= n: raise BattError(f"a box from {a} to {b} along {d}", key=d, mend=f"the electrode has the voxels 0 to {n}: give the first, and one after the last")
+    return out
 
 @dataclass
 class Microstructure:
@@ -231,7 +234,7 @@ def rank(
     order = held[np.lexsort((key.ravel()[held], ids[held]))]
     n = np.bincount(ids[held], minlength=int(ids.max(initial=-1)) + 1)
     out = np.full(ids.size, -1, "int64")
-    out[order] = np.arange(order.size) - np.repeat(np.r_[0, np.cumsum(n)[:-1]], n)
+    out[order] = np.arange(order.size) - np.repeat(np.cumsum(n) - n, n)
     return out.reshape(particle.shape), n
 
 def draw_ranks(
