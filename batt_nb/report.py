@@ -172,7 +172,8 @@ def frames_of(
     da:xr.DataArray, # the main variable, any dimensions
 )->xr.DataArray: # dims (time or frame, axis)
     "One curve a frame: the mean over every other dimension."
-    axis = next((d for d in AXES if d in da.dims), None)
+    space = sorted((d for d in "zyx" if d in da.dims), key=da.sizes.get, reverse=True) # of a scan with few rows its columns: a sinogram
+    axis = next((d for d in AXES if d in da.dims and d not in "zyx"), space[0] if space else None)
     if axis is None: raise BattError(f"the data have {tuple(map(str, da.dims))} and none of the axes {', '.join(AXES)}", key=str(da.name), mend="check the reader's hints")
     outer = next((d for d in ("time", "frame", "angle") if d in da.dims), None)
     if outer is None: da, outer = da.expand_dims(frame=[0]), "frame"

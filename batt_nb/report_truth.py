@@ -165,7 +165,7 @@ def difference_rows(
     for c, (r, s) in found.items():
         one, given = t.sel(cell=c), campaign.cells[c]
         error = float(one["mass"]/one["mass_weighed"] - 1)
-        rows.append({"cell": c, "polarization less the mean, recovered (ohm, scatter over x)": number(r - mean, s), "series resistance less the mean, true (ohm)": round(float(one["resistance"]) - true_mean, 2),
+        rows.append({"cell": c, "polarization to the mean (ohm)": number(r - mean, s), "resistance to the mean, true (ohm)": round(float(one["resistance"]) - true_mean, 2),
                      "weighed mass (mg)": number(given.active_mass_mg, given.active_mass_sigma_mg), "true mass (mg)": round(float(one["mass"]), 3), "error of the mass": f"{error:+.1%}",
                      "without contact, true": f"{float(one['dead_true']):.1%}", "side current, true (µA)": round(float(one["side_current"]), 2), "starting x, manifest": number(given.starting_composition, given.starting_composition_sigma),
                      "true": round(float(one["x_start"]), 4), "slower in the spot, true": f"{float(one['spot_slowness']):.3g}x"})
