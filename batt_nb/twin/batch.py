@@ -89,9 +89,10 @@ def frame_times(
     n:int, # frames
     exposure:float, # s
 )->np.ndarray: # s, true start of each frame
-    "Frames at an even cadence over the whole record."
-    if n*exposure > duration: raise BattError(f"{n} frames of {exposure:g} s do not fit into {duration:.0f} s", key="frames", mend="take fewer, or a slower protocol")
-    return np.round(np.linspace(0.004*duration, duration - exposure - 120, n))
+    "Frames at an even cadence over the whole record, one after the other."
+    t = np.round(np.linspace(max(0.004*duration, 130), duration - exposure - 120, n)) # clocks are off by 120 s at most: no frame falls off the record
+    if t[-1] < t[0] or (np.diff(t) < exposure).any(): raise BattError(f"{n} frames of {exposure:g} s do not fit into {duration:.0f} s", key="frames", mend="take fewer, or a slower protocol")
+    return t
 
 # %% ../../nbs/twin/90_batch.ipynb #c726a62e
 WAVELENGTH = 0.5 # Å
@@ -344,17 +345,20 @@ def make_twin(
     from batt_nb.campaign import Campaign
     from batt_nb.twin.cells import START
     from batt_nb.twin.materials import material as find_material
-    folder, name = Path(folder), find_material(material).name
+    folder, name = Path(folder).resolve(), find_material(material).name
     if isinstance(size, str) and size not in SIZES: raise BattError(f"there is no size {size!r}", key="size", mend=f"one of {', '.join(SIZES)}")
+    if not 0 <= strength < np.inf: raise BattError(f"a strength of {strength}", key="strength", mend="0 is clean, 1 typical, more is worse")
+    if folder.exists() and not folder.is_dir(): raise BattError("there is a file of this name", file=folder, mend="name a new folder")
     if folder.exists() and any(folder.iterdir()): raise BattError("the folder is not empty", file=folder, mend="give a new one, or delete it first")
+    if folder == Path.cwd(): raise BattError("the campaign would take the place of the folder you stand in", file=folder, mend="name a new folder")
     how = SIZES[size] if isinstance(size, str) else size
-    rate, cycles = rate or how.rate, cycles or how.cycles
+    rate, cycles = how.rate if rate is None else rate, how.cycles if cycles is None else cycles
     made = folder.with_name(f".{folder.name}.part") # whole or not at all
     shutil.rmtree(made, ignore_errors=True)
     try:
         cells = make_cells(name, how, seed, strength, progress, protocol=protocol, rate=rate, cycles=cycles)
         command = f"batt-nb twin FOLDER --material {name} --size {size if isinstance(size, str) else 'own'} --seed {seed} --protocol {protocol} --rate {rate:g} --cycles {cycles} --strength {strength:g}"
-        words = {"command": command, "title": f"{name} twin", "protocol": f"{protocol}, C/{1/rate:g}, {cycles} cycle{'s'*(cycles > 1)}", "start": START[name]}
+        words = {"command": command, "title": f"{name} twin", "protocol": f"{protocol}, C/{1/rate:g}" + (f", {cycles} cycle{'s'*(cycles > 1)}" if protocol != "GITT" else ""), "start": START[name]}
         truth = {"cells": truth_of_cells(cells)}
         for c, cell in cells.items():
             done = write_cycler(made/"raw"/"echem", cell, strength, seed)

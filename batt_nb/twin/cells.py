@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['START', 'WALL', 'PARTS', 'GRID', 'Differences', 'draw_differences', 'phase_limits', 'softplus', 'filled_before',
-           'front', 'HiddenCell', 'echem', 'at_times', 'profile', 'choose_dead', 'find_spot', 'make_cell', 'lithium',
-           'windows', 'share', 'lithium_map']
+           'front', 'HiddenCell', 'echem', 'at_times', 'profile', 'choose_dead', 'find_spot', 'make_cell', 'lithium_at',
+           'lithium', 'windows', 'share', 'lithium_map']
 
 # %% ../../nbs/twin/18_cells.ipynb #619d2539
 from dataclasses import dataclass, field, replace
@@ -18,8 +18,8 @@ from ..core import BattError, label, stream
 from .diffusion import run_half_cell
 from .many_particles import SITES, TIME, VOLT, Ensemble, run
 from .materials import material
-from .microstructure import limits_of, make_microstructure
-from .protocol import make_protocol
+from .microstructure import limits_of, make_microstructure, slabs
+from .protocol import fastest, make_protocol
 
 # %% ../../nbs/twin/18_cells.ipynb #4ad0e7eb
 @dataclass(frozen=True)
@@ -198,9 +198,9 @@ def find_spot(
     micro, # the electrode
     d:Differences, # of the cell
 )->np.ndarray: # [particle] of bool
-    "Particles whose center lies in the probed spot; the nearest one at least."
+    "Particles whose center lies in the probed spot; the nearest one at least, of those that fill a voxel."
     box = np.array(micro.size[1:])*micro.voxel
-    off = np.abs(micro.particles["center"].values[:, 1:]/box - np.array(d.spot)).max(1)
+    off = np.where(micro.counts > 0, np.abs(micro.particles["center"].values[:, 1:]/box - np.array(d.spot)).max(1), np.inf)
     return off <= max(d.spot_width/2, off.min())
 
 # %% ../../nbs/twin/18_cells.ipynb #d5cdb01a
@@ -222,11 +222,14 @@ def make_cell(
     m = material(name)
     d = differences or draw_differences(name, seed, cell)
     steps = make_protocol(name, protocol, rate, cycles) if isinstance(protocol, str) else protocol
+    fastest(steps) # refuses what is none
     micro = micro or make_microstructure(name, size, voxel=voxel, seed=int(stream(seed, "microstructure of", cell).integers(2**31)))
     rng, weight = stream(seed, "particles of", cell), micro.counts/micro.counts.sum()
     dead, spot = choose_dead(weight, d.dead, rng), find_spot(micro, d)
+    if dead[weight > 0].all(): raise BattError(f"no particle of cell {cell} has contact", key="dead", mend="leave some material alive")
     per_x = d.mass*m.capacity*1e-6*3600 # C
-    steps = [(c, replace(s, rate=s.rate*d.mass_weighed/d.mass)) for c, s in steps] # the laboratory reckons the current with the weighed mass
+    wrong = d.mass_weighed/d.mass # the laboratory reckons its currents with the weighed mass
+    steps = [(c, replace(s, rate=s.rate*wrong, below=s.below and s.below*wrong)) for c, s in steps]
     drive = {"resistance": d.resistance*per_x, "side": d.side_current*1e-6/per_x}
     slow = np.where(spot, d.spot_slowness, 1.0)
     size_of = np.cbrt(weight/np.median(weight[weight > 0]))
@@ -257,12 +260,36 @@ def _solid_solution(cell, live, slow, rng):
     for k, dt in enumerate(np.diff(r["time"].values), 1): # each particle follows its place with a first-order lag
         behind[k] = (behind[k - 1] - (mean[k] - mean[k - 1]))*np.exp(-dt/lag)
     behind -= np.einsum("tp,p->t", behind, cell.weight*~cell.dead)[:, None]/live
-    cell.state = {"layer": layer, "lag": behind}
     start = float(r["lithium_content"][0])
+    cell.state = {"layer": layer, "lag": np.zeros_like(behind)}
     cell.record = r.assign(rate=r["rate"]*live, passed=r["passed"]*live, side=r["side"]*live, lithium_content=start + (r["lithium_content"] - start)*live)
+    cell.state["lag"] = behind*np.array([_part_in_range(profile(cell, t)[0][~cell.dead], b[~cell.dead]) for t, b in zip(r["time"].values, behind, strict=True)])[:, None]
     return cell
 
+def _part_in_range(even, behind):
+    "The part of the lags that leaves every particle's lithium content between 0 and 1."
+    room = np.where(behind > 0, 1 - even.max(-1), even.min(-1))
+    return np.clip((0.999*room/np.maximum(np.abs(behind), 1e-12)).min(), 0, 1)
+
 # %% ../../nbs/twin/18_cells.ipynb #4e0a829c
+def lithium_at(
+    cell:HiddenCell, # a cell
+    t:float, # s
+    particle:np.ndarray, # [z, y, x] of any box, -1 outside of active material; with k from `cell.micro.ranks`
+    k:np.ndarray, # [z, y, x] rank of each voxel in its particle
+    dtype="float64", # of the result; reckoned in float64
+)->np.ndarray: # [z, y, x], NaN outside of active material
+    "The lithium content of voxels that are drawn, at one time."
+    parts, counts = profile(cell, t)[0], cell.micro.counts
+    inner = np.concatenate([np.zeros((parts.shape[0], 1)), np.cumsum(parts, axis=1)/parts.shape[1]], axis=1)
+    out = np.full(particle.shape, np.nan, dtype)
+    for here in slabs((0, 0, 0), particle.shape, 2**16):
+        inside = particle[here] >= 0
+        p, rank = particle[here][inside], k[here][inside]
+        n = counts[p].astype(float)
+        out[here][inside] = n*(_between(inner, p, (rank + 1)/n) - _between(inner, p, rank/n))
+    return out
+
 def lithium(
     cell:HiddenCell, # a cell
     t, # s, one time, or several
@@ -271,15 +298,9 @@ def lithium(
 )->xr.DataArray: # [time, z, y, x] or [z, y, x], NaN outside of active material
     "The lithium content of every voxel of a box."
     box = {"z": z, "y": y, "x": x}
-    particle, k = cell.micro.ranks(**box)
-    inside = particle >= 0
-    p, n = particle[inside], cell.micro.counts[particle[inside]].astype(float)
-    lower, upper = k[inside]/n, (k[inside] + 1)/n
-    out = np.full((np.size(t), *particle.shape), np.nan, "float32" if particle.size > 2**24 else "float64")
-    for i, one in enumerate(np.atleast_1d(t)):
-        parts = profile(cell, one)[0]
-        inner = np.concatenate([np.zeros((parts.shape[0], 1)), np.cumsum(parts, axis=1)/parts.shape[1]], axis=1)
-        out[i, inside] = n*(_between(inner, p, upper) - _between(inner, p, lower))
+    drawn = cell.micro.ranks(**box)
+    out = np.empty((np.size(t), *drawn[0].shape), "float32" if drawn[0].size > 2**24 else "float64")
+    for i, one in enumerate(np.atleast_1d(t)): out[i] = lithium_at(cell, one, *drawn, dtype=out.dtype)
     at = {d: (d, (np.arange(*b) + 0.5)*cell.micro.voxel, {"units": "µm", "long_name": d}) for d, b in limits_of(cell.micro, **box).items()}
     da = xr.DataArray(out, {"time": np.atleast_1d(np.asarray(t, float)), **at}, ("time", "z", "y", "x"), name="lithium_content")
     return label(da if np.ndim(t) else da.isel(time=0))
@@ -301,7 +322,8 @@ def windows(
 )->np.ndarray: # [frame, instant] s
     "Instants at the middles of equal parts of each exposure."
     at = np.atleast_1d(np.asarray(t, float))[:, None] + exposure*(np.arange(n) + 0.5)/n
-    if at.max() > cell.duration: raise BattError(f"a frame ends {at.max() - cell.duration:.0f} s after the record", key="t", mend="ask for earlier frames, or a shorter exposure")
+    late = np.max(t) + exposure - cell.duration
+    if late > 1e-6: raise BattError(f"a frame ends {late:.3g} s after the record", key="t", mend="ask for earlier frames, or a shorter exposure")
     return at
 
 def share(

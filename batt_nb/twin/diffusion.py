@@ -6,12 +6,14 @@
 __all__ = ['CONCENTRATION', 'diffusivity', 'parameters', 'charge_of_one', 'experiment', 'shells', 'run_half_cell', 'tabulate']
 
 # %% ../../nbs/twin/16_diffusion.ipynb #18e05fcf
+from itertools import accumulate
+
 import numpy as np
 import xarray as xr
 
 from ..core import BattError
 from .materials import material
-from .protocol import make_protocol
+from .protocol import fastest, make_protocol
 
 # %% ../../nbs/twin/16_diffusion.ipynb #4f90bd8c
 CONCENTRATION = 4.77e6/97.282 # mol/m3 of lithium at x = 1: density of the crystal over its molar mass
@@ -55,13 +57,14 @@ def experiment(
 ):
     "The protocol in PyBaMM's words; discharge is positive there."
     import pybamm
-    def words(s):
+    def words(s, way): # way: sign of the last current, to which the side reaction adds
         if s.kind == "hold":
-            ends = [f"{s.below*per_c*q:.8f} A"] if s.below else []
+            ends = [f"{(s.below*per_c - way*side)*q:.8f} A"] if s.below else []
             return pybamm.step.voltage(s.until, duration=s.seconds or 36_000.0, termination=ends, period=period)
         ends = [f"{s.until:.6f} V"] if s.until is not None else []
         return pybamm.step.current(-(s.sign*s.rate*per_c - side)*q, duration=s.seconds or 1.6*3600/s.rate, termination=ends, period=period)
-    return pybamm.Experiment([words(s) for _, s in protocol])
+    ways = accumulate((s.sign for _, s in protocol), lambda before, sign: sign or before)
+    return pybamm.Experiment([words(s, way) for (_, s), way in zip(protocol, ways, strict=True)])
 
 # %% ../../nbs/twin/16_diffusion.ipynb #4a13eaa3
 def shells(
@@ -91,7 +94,7 @@ def run_half_cell(
     m, values = material("NMC811"), parameters(x_start)
     per_c, q = (m.x_full - m.x_empty)/3600, charge_of_one(values)
     values["Contact resistance [Ohm]"] = resistance/q
-    period = 3600/max(s.rate for _, s in protocol)/rows
+    period = 3600/fastest(protocol)/rows
     model = pybamm.lithium_ion.DFN({"working electrode": "positive", "contact resistance": "true"})
     level = pybamm.logger.level
     pybamm.set_logging_level("ERROR")
@@ -101,6 +104,7 @@ def run_half_cell(
     done = [s for c in solution.cycles if c is not None for s in c.steps]
     for s, (_, asked) in zip(done, protocol, strict=False):
         if asked.seconds is None and "event" not in s.termination: raise BattError(f"{asked.kind} at {asked.rate:g}C never reaches {asked.until} V", key="protocol", mend="take a lower rate, or another cut-off")
+        if asked.until is None and s.t[-1] - s.t[0] < asked.seconds - 1e-3: raise BattError(f"{asked.kind} at {asked.rate:g}C lasts {s.t[-1] - s.t[0]:.0f} s instead of {asked.seconds:g} s", key="protocol", mend="take a lower rate, a shorter time, or a cut-off")
     if len(done) != len(protocol): raise BattError(f"PyBaMM did {len(done)} of {len(protocol)} steps", key="protocol", mend="a step has ended before it began: check the cut-offs")
     return tabulate(done, protocol, q, side, n_shells)
 

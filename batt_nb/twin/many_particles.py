@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ..core import BattError
 from .materials import material
-from .protocol import Step, make_protocol
+from .protocol import Step, fastest, make_protocol
 
 # %% ../../nbs/twin/14_many_particles.ipynb #8528c1ab
 VOLT = 8.617333262e-5*298.15 # kT/e at 25 °C
@@ -232,18 +232,19 @@ def run(
 )->xr.Dataset: # on time: voltage (V), rate (1/s) and passed (1), the measured current and charge in units of x, side (1), lithium_content, step, cycle, filling[time, particle, site]
     "Cycle an ensemble of particles."
     m = material(name)
-    per_c = (m.x_full - m.x_empty)/3600
+    per_c, highest = (m.x_full - m.x_empty)/3600, fastest(protocol)
+    if not np.isfinite(e.time).any(): raise BattError("no particle has contact", key="dead", mend="leave some material alive")
+    if e.resistance <= 0 and any(s.kind == "hold" for _, s in protocol): raise BattError("a voltage is held by the resistance, and there is none", key="resistance", mend="give a positive one")
     one, v = equilibrium(e.sites, x_start)
     filling = np.tile(one, (len(e.weight), 1))
-    rates = [s.rate for _, s in protocol if s.rate]
-    dt_max = min(0.45*e.time[np.isfinite(e.time)].min(), 3600/max(rates)/rows)
+    dt_max = min(0.45*e.time[np.isfinite(e.time)].min(), 3600/highest/rows)
     t, passed, side, keep = 0.0, 0.0, 0.0, [(0.0, filling, v, 0.0, 1, protocol[0][0], 0.0, 0.0)]
     for number, (cycle, step) in enumerate(tqdm(protocol, desc=f"cycle {name}", unit="step", disable=not progress), 1):
         for dt, filling, volt, n, lost in run_step(e, filling, v, step, per_c, dt_max):
             t, passed, side = t + dt, passed + n*dt, side + lost
             keep.append((t, filling, volt, n, number, cycle, passed, side))
         v = keep[-1][2] - keep[-1][3]*e.resistance
-    time, filling, volt, n, number, cycle, passed, side = zip(*thin_rows(keep, 3600/max(rates)/(2*rows)), strict=True)
+    time, filling, volt, n, number, cycle, passed, side = zip(*thin_rows(keep, 3600/highest/(2*rows)), strict=True)
     filling = np.stack(filling)
     return xr.Dataset({"voltage": ("time", np.array(volt)), "rate": ("time", np.array(n), {"units": "1/s"}), "passed": ("time", np.array(passed), {"units": "1", "long_name": "Charge passed, in units of x"}),
                        "side": ("time", np.array(side), {"units": "1", "long_name": "Charge of the side reaction, in units of x"}),
