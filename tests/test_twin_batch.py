@@ -214,7 +214,8 @@ def assert_truth(any_twin):
 def test_cycler_rows_lie_on_the_truth(clean, lfp):
     for cell in "ABCDE":
         rows, truth = clean.echem(cell), clean[f"truth/echem_{cell}"]
-        np.testing.assert_allclose(rows.voltage, np.interp(rows.time, truth.time, truth.voltage), atol=2e-5 + 1e-4*(np.gradient(truth.voltage, truth.time).max() > 1e-3))
+        around = np.interp(rows.time.values[:, None] + np.array([-2e-3, 0, 2e-3]), truth.time, truth.voltage) # times are printed to a millisecond or better, and at a cut-off the voltage dives
+        assert (rows.voltage.values > around.min(1) - 2e-5).all() and (rows.voltage.values < around.max(1) + 2e-5).all()
         capacity = np.interp(rows.time, truth.time, truth.capacity)
         np.testing.assert_allclose(rows.capacity - rows.capacity[0], capacity - capacity[0], atol=1e-8)
         noisy, ideal = lfp.echem(cell), lfp[f"truth/echem_{cell}"]
@@ -590,10 +591,10 @@ def test_two_heaps_of_lfp_give_two_lines(clean):
     """At half charge the 200 lines of LiFePO4 (5.16 Å) and of FePO4 (4.91 Å) stand side by side and share the intensity; at the ends one is alone."""
     truth = clean["truth/xrd"]
     at = lambda d: slice(*(2*np.degrees(np.arcsin(0.25/v)) for v in (d + 0.05, d - 0.05)))
-    share_poor = truth.share.sel(lithium_content=slice(0, 0.3)).sum("lithium_content").values
+    share_poor, share_rich = (truth.share.sel(lithium_content=slice(*k)).sum("lithium_content").values for k in ((0, 0.3), (0.7, 1)))
     net = lambda d: np.array([float(p.max() - np.median(p)) for p in truth.clean.sel(two_theta=at(d))])
     rich, poor = net(10.3244/2), net(9.8142/2)
-    assert np.corrcoef(poor, share_poor)[0, 1] > 0.97 and np.corrcoef(rich, share_poor)[0, 1] < -0.97 and np.ptp(share_poor) > 0.4
+    assert np.corrcoef(poor, share_poor)[0, 1] > 0.97 and np.corrcoef(rich, share_rich)[0, 1] > 0.97 and np.ptp(share_poor) > 0.4
 
 
 def test_nmr_sees_the_lithium_that_is_plated(clean):
