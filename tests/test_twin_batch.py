@@ -214,8 +214,10 @@ def assert_truth(any_twin):
 def test_cycler_rows_lie_on_the_truth(clean, lfp):
     for cell in "ABCDE":
         rows, truth = clean.echem(cell), clean[f"truth/echem_{cell}"]
-        around = np.interp(rows.time.values[:, None] + np.array([-2e-3, 0, 2e-3]), truth.time, truth.voltage) # times are printed to a millisecond or better, and at a cut-off the voltage dives
-        assert (rows.voltage.values > around.min(1) - 2e-5).all() and (rows.voltage.values < around.max(1) + 2e-5).all()
+        at, v = truth.time.values, truth.voltage.values
+        for t, found in zip(rows.time.values, rows.voltage.values, strict=True): # times are printed to half a millisecond or better, and at a cut-off the voltage dives within less
+            near = np.r_[np.interp([t - 5e-4, t, t + 5e-4], at, v), v[np.abs(at - t) <= 5e-4]]
+            assert near.min() - 2e-5 < found < near.max() + 2e-5
         capacity = np.interp(rows.time, truth.time, truth.capacity)
         np.testing.assert_allclose(rows.capacity - rows.capacity[0], capacity - capacity[0], atol=1e-8)
         noisy, ideal = lfp.echem(cell), lfp[f"truth/echem_{cell}"]
@@ -588,13 +590,13 @@ def test_a_slice_of_the_twin_is_its_phantom(clean):
 
 
 def test_two_heaps_of_lfp_give_two_lines(clean):
-    """At half charge the 200 lines of LiFePO4 (5.16 Å) and of FePO4 (4.91 Å) stand side by side and share the intensity; at the ends one is alone."""
+    """The 200 lines of LiFePO4 (5.16 Å) and of FePO4 (4.91 Å) stand side by side and share the intensity as the lithium is shared."""
     truth = clean["truth/xrd"]
-    at = lambda d: slice(*(2*np.degrees(np.arcsin(0.25/v)) for v in (d + 0.05, d - 0.05)))
-    share_poor, share_rich = (truth.share.sel(lithium_content=slice(*k)).sum("lithium_content").values for k in ((0, 0.3), (0.7, 1)))
-    net = lambda d: np.array([float(p.max() - np.median(p)) for p in truth.clean.sel(two_theta=at(d))])
+    at = lambda d: slice(*(2*np.degrees(np.arcsin(0.25/v)) for v in (d + 0.08, d - 0.08)))
+    share_poor, share_rich = (truth.share.sel(lithium_content=slice(*k)).sum("lithium_content").values for k in ((0, 0.32), (0.68, 1))) # by Vegard's rule what the windows below hold
+    net = lambda d: np.array([float((p - p.min()).sum()) for p in truth.clean.sel(two_theta=at(d))])
     rich, poor = net(10.3244/2), net(9.8142/2)
-    assert np.corrcoef(poor, share_poor)[0, 1] > 0.97 and np.corrcoef(rich, share_rich)[0, 1] > 0.97 and np.ptp(share_poor) > 0.4
+    assert np.corrcoef(poor, share_poor)[0, 1] > 0.99 and np.corrcoef(rich, share_rich)[0, 1] > 0.99 and np.ptp(share_poor) > 0.4
 
 
 def test_nmr_sees_the_lithium_that_is_plated(clean):
