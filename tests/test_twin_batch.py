@@ -208,7 +208,8 @@ def assert_truth(any_twin):
         e, m = any_twin[f"truth/echem_{cell}"], any_twin["truth/cells"].sel(cell=cell)
         per_x = float(m.mass)*material({"clean": "LFP"}.get(any_twin.folder.name, any_twin.folder.name)).capacity*1e-6
         side = e.lithium_content - m.x_start + e.capacity/per_x
-        assert np.abs(side).max() < 0.02 and (np.diff(np.sign(float(m.side_current))*side) >= -1e-9).all()
+        most = 3*abs(float(m.side_current))*1e-6*float(e.time[-1] - e.time[0])/3600/per_x # a side current follows the voltage: thrice its value at mid-voltage is not reached
+        assert np.abs(side).max() < most + 1e-9 and (np.diff(np.sign(float(m.side_current))*side) >= -1e-9).all()
 
 
 def test_cycler_rows_lie_on_the_truth(clean, lfp):
@@ -396,11 +397,9 @@ def test_nmc_from_end_to_end(nmc):
     wide = [float(np.sqrt((truth.share[i]*(truth.lithium_content - x[i])**2).sum())) for i in range(x.size)]
     assert max(wide) < 0.25
     for cell in nmc["truth/cells"].cell.values:
-        held, rows = nmc[f"truth/echem_{cell}"], nmc.echem(cell)
-        held = held.isel(time=(held.step == 3).values)
-        m = material("NMC811")
-        one_c = float(nmc["truth/cells"].mass_weighed.sel(cell=cell))*1e-6*m.capacity*(m.x_full - m.x_empty) # A
-        assert np.abs(held.voltage - 4.3).max() < 1e-3 and (np.diff(held.current.values[1:]) < 0).all() and float(held.current[-1]) == pytest.approx(0.2*one_c, rel=1e-3)
+        ideal, rows = nmc[f"truth/echem_{cell}"], nmc.echem(cell)
+        charge, held = (ideal.isel(time=(ideal.step == k).values) for k in (2, 3))
+        assert np.abs(held.voltage - 4.3).max() < 1e-3 and (np.diff(held.current.values[1:]) < 0).all() and float(held.current[-1]) == pytest.approx(0.2*float(charge.current[-1]), rel=1e-3)
         assert np.abs(rows.voltage.where(rows.step == np.unique(rows.step)[2]) - 4.3).max() < 1e-3
 
 
@@ -423,7 +422,7 @@ def test_graphite_pulses(graphite):
 
 @pytest.mark.parametrize(("name", "protocol"), [SLOW(n, p) for n in ("LFP", "NMC811", "graphite") for p in ("CC", "CCCV", "GITT")])
 def test_every_material_with_every_protocol(name, protocol, tmp_path):
-    made = make_twin(tmp_path/"twin", name, SMALL, seed=12, rate=0.2, protocol=protocol, progress=False).ingest(progress=False)
+    made = make_twin(tmp_path/name, name, SMALL, seed=12, rate=0.2, protocol=protocol, progress=False).ingest(progress=False)
     assert_recovered(made)
     assert_truth(made)
     assert {n for n in made.techniques if n.startswith("echem")} == {f"echem_{c}" for c in ("ABCDE" if name != "graphite" else "ACDE")}
