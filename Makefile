@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TESTED := $(VENV)/.ready-tests
 DOCUMENTED := $(VENV)/.ready-docs
+MEASURED := $(VENV)/.ready-bench
 # another index for torch, e.g. a CUDA build: make TORCH_INDEX=https://...
 PIP_EXTRA := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
@@ -27,7 +28,7 @@ lab: $(READY)
 docs: $(DOCUMENTED)
 	@$(BIN)/python environments/docs/build.py
 
-bench: $(TESTED)
+bench: $(MEASURED)
 	@bash nbs/benchmarks/run.sh $(BIN)
 
 readme: $(TESTED)
@@ -46,6 +47,10 @@ $(TESTED): $(READY)
 
 $(DOCUMENTED): $(READY)
 	@bash environments/setup.sh "$(PYTHON)" "$(VENV)" docs "$(PIP_EXTRA)"
+	@touch $@
+
+$(MEASURED): $(TESTED)
+	@bash environments/setup.sh "$(PYTHON)" "$(VENV)" dev,bench "$(PIP_EXTRA)"
 	@touch $@
 
 clean:

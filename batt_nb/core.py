@@ -161,7 +161,7 @@ def content_hash(
         values = _lazy_name(name, var) or var.values
         h.update(f"{name}{var.dims}{var.shape}{var.dtype}".encode())
         h.update(values.encode() if isinstance(values, str) else
-                 "\0".join(map(str, values.ravel())).encode() if values.dtype == object else np.ascontiguousarray(values).tobytes())
+                 "\0".join(map(str, values.ravel())).encode() if values.dtype == object else np.ascontiguousarray(values).reshape(-1).view(np.uint8))
     return h.hexdigest()
 
 def _lazy_name(name, var):

@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 bin=$(cd ../.. && cd "$1" && pwd)
-for nb in [0-9]*.ipynb; do
+for nb in *.ipynb; do
   echo "== $nb"
   "$bin/papermill" --log-output --no-progress-bar "$nb" "$nb" 2>/dev/null
 done

@@ -1,0 +1,176 @@
+"""Noise and blur: what is removed is noise, what is stated is true, on seeds that the notebooks do not use."""
+import json
+
+import numpy as np
+import pytest
+import xarray as xr
+from scipy.ndimage import gaussian_filter
+from scipy.special import expit
+
+from conftest import DATA, needs_data
+
+from batt_nb.campaign import read
+from batt_nb.cleaning.blur import deblur, estimate_blur
+from batt_nb.cleaning.noise import Noise, denoise, noise_of, patches, repeats_noise, restore, stabilize
+from batt_nb.core import BattError, flags, history, stream
+
+rms = lambda a: float(np.sqrt(np.mean(np.square(a))))
+
+
+def scene(seed, size=96, front=0.5):
+    rng = stream(seed, "scene")
+    y, x = np.mgrid[:size, :size].astype(float)
+    image = np.full((size, size), 60.0)
+    for _ in range(6):
+        cy, cx, r = *rng.uniform(0, size, 2), rng.uniform(12, 26)
+        inside = expit((r - np.hypot(y - cy, x - cx))*2)
+        image = image*(1 - inside) + inside*(110 + 60*expit((x - cx + (1 - 2*front)*r)*2))
+    return image
+
+
+def image(v, **extra):
+    lead = tuple(extra)
+    return xr.DataArray(v, {**extra, "y": np.arange(v.shape[-2])*0.5, "x": np.arange(v.shape[-1])*0.5}, (*lead, "y", "x"), "image", {"units": "counts"})
+
+
+def gaussian(v, seed, sigma=12.0): return v + sigma*stream(seed, "gaussian").standard_normal(v.shape)
+
+
+def photons(v, seed, gain=2.0, read_noise=3.0): return gain*stream(seed, "photons").poisson(v/gain) + read_noise*stream(seed, "read").standard_normal(v.shape)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_noise_is_measured(seed):
+    clean = scene(seed, 256)
+    white, counted = noise_of(gaussian(clean, seed), 2), noise_of(photons(clean, seed), 2)
+    assert white.gain == 0 and white.sigma == pytest.approx(12, rel=0.06) and white.white
+    want = np.sqrt(2*clean + 9)
+    np.testing.assert_allclose(counted.at(clean), want, rtol=0.15)
+
+
+def test_no_noise_no_change():
+    flat = image(np.full((64, 64), 3.0))
+    assert denoise(flat).identical(denoise(flat)) and (denoise(flat).values == 3).all() and denoise(flat).denoise_method == "none"
+    clean = image(scene(11))
+    done = denoise(clean)
+    assert rms((done - clean).values) <= done.estimated_error
+
+
+@pytest.mark.parametrize("level", [0.5, 2, 20])
+def test_going_back_has_no_bias(level):
+    noise = Noise(2.0, -10.0, 1.0) # a camera of gain 2 and a pedestal of 5
+    v = 2*stream(3, level).poisson(level, 200_000) + 5.0
+    assert restore(stabilize(v, noise).mean(), noise) == pytest.approx(2*level + 5, abs=0.06*np.sqrt(level) + 0.03)
+
+
+@pytest.mark.parametrize("method", ["wavelet", "tv", "nlm", "patches"])
+def test_methods_lessen_the_error_and_keep_what_data_carry(method):
+    clean = scene(21)
+    noisy = image(gaussian(clean, 21))
+    before = noisy.copy(deep=True)
+    done = denoise(noisy, method=method)
+    assert noisy.identical(before) and done.dims == noisy.dims and done.attrs["units"] == "counts" and done.name == "image" and done.x.equals(noisy.x)
+    assert rms(done.values - clean) < 0.6*12 and history(done)[-1]["function"] == "cleaning.noise.denoise"
+
+
+@pytest.mark.parametrize("seed", [31, 32])
+def test_auto_takes_what_is_best_or_close_to_it_and_states_its_error(seed):
+    clean = scene(seed)
+    noisy = image(gaussian(clean, seed))
+    done = denoise(noisy)
+    errors = {m: rms(denoise(noisy, method=m).values - clean) for m in ("wavelet", "tv", "nlm", "patches")}
+    assert rms(done.values - clean) <= 1.25*min(errors.values()) and 1/1.6 < done.estimated_error/rms(done.values - clean) < 1.6
+    assert json.loads(done.candidates)["none"] == 1
+
+
+def test_neighbors_gain_and_a_front_stays():
+    fronts = np.linspace(0.2, 0.8, 6)
+    truth = np.stack([scene(41, 80, f) for f in fronts])
+    seen = image(np.stack([gaussian(t, 50 + i) for i, t in enumerate(truth)]), time=np.arange(6.0)*60)
+    one, more = (denoise(seen, method=m).values for m in ("patches", "neighbors"))
+    assert rms(more - truth) < 0.9*rms(one - truth)
+    speed = np.gradient(truth, axis=0)
+    moving = np.abs(speed) > 0.2*np.abs(speed).max()
+    lag = -((more - truth)*speed)[moving].sum()/(speed[moving]**2).sum() # frames
+    assert abs(lag*(fronts[1] - fronts[0])*2*19) < 0.5 # pixels, for a particle of mean radius
+
+
+def test_chunks_do_not_change_the_result():
+    seen = image(np.stack([gaussian(scene(61, 64), 60 + i) for i in range(5)]), time=np.arange(5.0))
+    noise = noise_of(seen.values, 2)
+    for method in ("tv", "neighbors"):
+        lazy = denoise(seen.chunk(time=2), method=method, noise=noise)
+        assert lazy.chunks is not None
+        np.testing.assert_allclose(lazy.values, denoise(seen, method=method, noise=noise).values, atol=1e-3)
+
+
+def test_masked_pixels_stay_masked_and_spoil_nothing():
+    clean = scene(71)
+    noisy = image(gaussian(clean, 71))
+    hole = (noisy.y > 20) & (noisy.y < 24) & (noisy.x > 20) & (noisy.x < 24)
+    done = denoise(noisy.where(~hole), method="patches")
+    assert done.isnull().equals(noisy.where(~hole).isnull()) and rms((done - clean).where(~hole).values[~hole.transpose("y", "x").values]) < 7
+
+
+def test_correlated_noise_is_flagged():
+    blurred = image(scene(81) + 12*gaussian_filter(stream(81, "c").standard_normal((96, 96)), 1.0))
+    assert any("correlated" in f for f in flags(denoise(blurred, method="tv")))
+
+
+def test_spectra_of_few_shapes():
+    e = np.linspace(0, 60, 400)
+    two = np.stack([np.arctan(e - 20)/np.pi + 0.5, np.arctan(e - 23)/np.pi + 0.5])
+    share = np.linspace(0, 1, 60)
+    clean = np.outer(share, two[0]) + np.outer(1 - share, two[1])
+    noisy = xr.DataArray(clean + 0.02*stream(91, "s").standard_normal(clean.shape), {"time": share*3600, "energy": 7100 + e}, ("time", "energy"), "mu")
+    done = denoise(noisy)
+    assert done.denoise_method == "lowrank" and rms(done.values - clean) < 0.25*0.02
+    alone = denoise(noisy[0], method="wavelet")
+    assert rms(alone.values - clean[0]) < 0.8*0.02
+
+
+@needs_data
+def test_nio_repeats_give_the_noise_that_the_denoiser_measures():
+    project = read(DATA/"xas/athena/NiO.prj")
+    rows = [i for i, (r, c) in enumerate(zip(project.record.values, project.channel.values)) if c == "sample" and "." in str(r)]
+    scans = project.mu.isel(frame=rows).dropna("energy", how="any").sel(energy=slice(8450, 9200))
+    repeated = float(repeats_noise(scans).median())
+    assert noise_of(scans.values, 1).sigma == pytest.approx(repeated, rel=0.15)
+    done = denoise(scans)
+    others = (scans.sum("frame") - scans)/(scans.sizes["frame"] - 1) # a scan is compared with the mean of the others
+    level = lambda a: a - a.mean("energy")
+    assert rms(level(done - others).values) < rms(level(scans - others).values)
+
+
+@pytest.mark.parametrize(("call", "words"), [
+    (lambda d: denoise(d, method="median"), "no method"), (lambda d: denoise(d.rename(x="u")), "neither an image"), (lambda d: denoise(d.to_dataset()), "not a DataArray"),
+    (lambda d: denoise(d, method="tv", epochs=2), "no option"), (lambda d: denoise(d.isel(y=slice(12), x=slice(12)), method="patches", noise=1.0), "too small"),
+    (lambda d: deblur(d, method="magic"), "no method"), (lambda d: deblur(d, psf=np.zeros((3, 3))), "positive sum"), (lambda d: estimate_blur(d*0 + 1), "too few")])
+def test_what_cannot_be_done_is_said(call, words):
+    with pytest.raises(BattError, match=words): call(image(gaussian(scene(1), 1)))
+
+
+# --- blur --------------------------------------------------------------------------------------------------------------
+
+def blocks(seed, size=160):
+    rng = stream(seed, "blocks")
+    v = np.full((size, size), 50.0)
+    for _ in range(25):
+        i, j, h, w = *rng.integers(0, size - 20, 2), *rng.integers(10, 40, 2)
+        v[i:i + h, j:j + w] = rng.uniform(80, 200)
+    return v
+
+
+@pytest.mark.parametrize("sigma", [1.5, 2.5])
+def test_the_blur_is_measured(sigma):
+    found = estimate_blur(image(gaussian(gaussian_filter(blocks(5), sigma), 5, 2.0)), smoothing=(1.5, 3.0))
+    assert float(found.blur) == pytest.approx(sigma, rel=0.2) and 0 < float(found.blur_sigma) < 0.3
+
+
+@pytest.mark.parametrize("method", ["wiener", "richardson-lucy"])
+def test_deblurring_lessens_the_error_and_agrees_with_the_data(method):
+    clean = blocks(6)
+    seen = image(gaussian(gaussian_filter(clean, 2.0), 6, 2.0))
+    done = deblur(seen, psf=2.0, method=method)
+    assert rms(done.values - clean) < 0.9*rms(seen.values - clean) and done.dims == seen.dims
+    assert rms(gaussian_filter(done.values, 2.0)[8:-8, 8:-8] - seen.values[8:-8, 8:-8]) == pytest.approx(2.0, rel=0.25)
