@@ -215,13 +215,13 @@ def draw_curves(
     ax.set(xlabel="epoch", ylabel="loss"); ax.legend(fontsize=8)
     return ax
 
-def _live(rows, screen=[]): # screen: the display that is drawn anew
+def _live(run):
     "Draw the curves of a run that goes on, in place."
     import matplotlib.pyplot as plt
     from IPython.display import display
-    ax = draw_curves(curves(rows))
-    if len(rows) == 1 or not screen: screen[:] = [display(ax.figure, display_id=True)]
-    else: screen[0].update(ax.figure)
+    ax = draw_curves(curves(run.rows))
+    if run.screen is None: run.screen = display(ax.figure, display_id=True)
+    else: run.screen.update(ax.figure)
     plt.close(ax.figure)
 
 # %% ../nbs/01_learn.ipynb #f2a7db06
@@ -269,7 +269,7 @@ class Run:
     "A training run between two epochs: what is trained, how, and what came of it so far."
     def __init__(self, model, optimizer, scaler, settings, path, device, rank, ranks):
         self.model, self.optimizer, self.scaler, self.settings, self.path, self.device, self.rank, self.ranks = model, optimizer, scaler, settings, path, device, rank, ranks
-        self.rows, self.best, self.best_epoch, self.stopped = [], None, -1, "epochs"
+        self.rows, self.best, self.best_epoch, self.stopped, self.screen = [], None, -1, "epochs", None
 
     def restore(self):
         "Take up the state of the checkpoint, where there is one; one of other settings is refused."
@@ -331,4 +331,4 @@ def _epochs(run, batches, loss, valid, context, every, progress, plot):
             if len(run.rows) % every == 0 or run.done: run.keep()
             bar.update()
             bar.set_postfix_str(f"loss {run.rows[-1]['train_loss']:.4g}" + (f", validation {run.rows[-1]['valid_loss']:.4g}" if valid is not None else ""))
-            if plot: _live(run.rows)
+            if plot: _live(run)

@@ -12,6 +12,8 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "frames": ["correct_frames", "correct_intensity"],
+        "stripes": ["remove_stripes", "remove_rings", "find_stripes"],
         "tomography": ["reconstruct", "to_16bit", "write_slices"],
         "scan_geometry": ["find_center", "align_projections", "retrieve_phase"],
         "noise": ["denoise", "noise2inverse"],
@@ -26,5 +28,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "patterns": ["fit_phases", "line_pattern"],
         "assessment": ["score_quality", "QualityRanker", "flag_frames", "watch_quality"],
         "registration": ["register", "apply_shift"],
+        "segmentation": ["Segmenter"],
+        "classification": ["Classifier"],
+        "morphology": ["microstructure"],
     },
 )
