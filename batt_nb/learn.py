@@ -44,6 +44,7 @@ def pick_device(
 ): # torch.device
     "The device to compute on; under torchrun each process takes its own GPU."
     import torch
+    if str(device).startswith("cuda") and not torch.cuda.is_available(): raise BattError("torch can use no graphics card here", key="device", mend="device='auto' or 'cpu'")
     if device != "auto": return torch.device(device)
     return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
 

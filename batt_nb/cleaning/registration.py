@@ -13,6 +13,7 @@ import numpy as np
 import xarray as xr
 
 from ..core import BattError, history, step
+from ..learn import pick_device
 
 # %% ../../nbs/cleaning/80_registration.ipynb #6447cfcd
 def _taper(x, low, high, border, rise):
@@ -526,11 +527,6 @@ def _named(f):
     def wrapped(*args, **kwargs): return f(*args, **kwargs).rename(displacement="shift", displacement_sigma="shift_sigma")
     return wrapped
 
-def _device(device):
-    "The torch device: a GPU where there is one."
-    import torch
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-
 @dataclass
 class _Stack:
     "Frames on demand, whatever holds them."
@@ -646,14 +642,14 @@ def register(
     if contrast not in ("any", "same"): raise BattError(f"contrast {contrast!r} is not known", key="contrast", mend="'any' or 'same'")
     frames = _stack(stack)
     limit = tuple(0.4*n if max_shift is None else min(max_shift, n/2 - 1) for n in frames.shape)
-    options = {"bins": (bin,) if bin else _bins(frames.shape), "device": _device(device), "contrast": contrast, "limit": limit, "max_sigma": max_sigma, "precision": precision}
+    options = {"bins": (bin,) if bin else _bins(frames.shape), "device": pick_device(device), "contrast": contrast, "limit": limit, "max_sigma": max_sigma, "precision": precision}
     image, found = _reference(frames, reference), None
     if isinstance(reference, str) and reference == "previous": found = _against_previous(frames, options, strides)
     elif isinstance(reference, str) and reference == "mean": found = _against_mean(frames, options)
     else: found = _against(frames, image, options)
     if isinstance(reference, str) and reference != "mean" or isinstance(reference, (int, np.integer)): found = _own(found, frames, reference)
     out = _result(frames, found)
-    if model != "translation": out = _deeper(frames, image, out, model, reference, max_rotation=max_rotation, knot=knot, roughness=roughness, plane=_plane(frames.shape, str(_device(device))))
+    if model != "translation": out = _deeper(frames, image, out, model, reference, max_rotation=max_rotation, knot=knot, roughness=roughness, plane=_plane(frames.shape, str(pick_device(device))))
     return out.assign_attrs(reference=reference if isinstance(reference, str) else "image" if isinstance(reference, xr.DataArray) else int(reference), model=model)
 
 # %% ../../nbs/cleaning/80_registration.ipynb #e7d8e123
@@ -694,7 +690,7 @@ def apply_shift(
     deeper = [n for n in ("matrix", "knot_shift") if n in shifts]
     kind = np.float64 if stack.dtype == np.float64 else np.float32
     if stack.chunks is not None: stack = stack.chunk({"y": -1, "x": -1})
-    move = lambda a, d, *more: _flat(a, d, more, deeper, shifts.attrs, method, _device(device), kind)
+    move = lambda a, d, *more: _flat(a, d, more, deeper, shifts.attrs, method, pick_device(device), kind)
     cores = [list(shifts[n].dims[1:]) for n in ("shift", *deeper)]
     out = xr.apply_ufunc(move, stack, *(shifts[n].reset_coords(drop=True).drop_vars(dim, errors="ignore") for n in ("shift", *deeper)), input_core_dims=[["y", "x"], *cores], output_core_dims=[["y", "x"]],
                          dask="parallelized", output_dtypes=[kind], keep_attrs=True)

@@ -10,8 +10,9 @@ __all__ = ['FINEST', 'WIDER', 'BANDS', 'LOST', 'LAWS', 'FLOOR', 'FLOOR_LOCAL', '
 import numpy as np
 import xarray as xr
 
-from .tomography import Projector, _padded_length, _prepared, angle_weights, back, check_scan, filter_response, forward, pixel_size, torch_device
+from .tomography import Projector, _padded_length, _prepared, angle_weights, back, check_scan, filter_response, forward, pixel_size
 from ..core import BattError, flag, step
+from ..learn import pick_device
 
 # %% ../../nbs/cleaning/32_scan_geometry.ipynb #5c6b9be7
 FINEST = 0.35 # cycles per pixel: above it a sampled edge is aliased
@@ -388,7 +389,7 @@ def align_projections(
     angles, n = data.angle.values.astype(float), p.shape[-1]
     dz, by_mass, dx, axis = _by_mass(p, angles, max_shift)
     first = dz, by_mass
-    geo, splines = Projector(angles, n//2, device=torch_device(device)), _splines(p)
+    geo, splines = Projector(angles, n//2, device=pick_device(device)), _splines(p)
     across, sigma, change, quality = dx + axis - n//2, np.full((len(p), 2), np.nan), np.inf, np.ones(len(p))
     speed, two = np.zeros((len(p), 2)), [p.shape[1] > 2, 1]
 
@@ -465,7 +466,7 @@ def retrieve_phase(
     if thickness and mu is None: raise BattError("a thickness needs the attenuation coefficient", key="mu", mend="give mu in 1/µm, or thickness=False")
     length = float(distance)*1e3*float(ratio) # µm2
     if not length >= 0: raise BattError(f"a filter of {length} µm2", key="delta_beta", mend="distance and ratio must not be negative")
-    out = xr.apply_ufunc(_paganin, projections.transpose(..., rows, "x"), kwargs=dict(length=length/pixel**2, generalized=generalized, batch=batch, device=torch_device(device)), input_core_dims=[[rows, "x"]],
+    out = xr.apply_ufunc(_paganin, projections.transpose(..., rows, "x"), kwargs=dict(length=length/pixel**2, generalized=generalized, batch=batch, device=pick_device(device)), input_core_dims=[[rows, "x"]],
                          output_core_dims=[[rows, "x"]], dask="parallelized", output_dtypes=[np.float32], dask_gufunc_kwargs={"allow_rechunk": True}).transpose(*projections.dims)
     keep = {k: v for k, v in projections.attrs.items() if k not in ("units", "long_name", "history")} | {"pixel_size_um": pixel, "filter_length_um": float(np.sqrt(length))}
     if thickness: return (out/mu).rename("thickness").assign_attrs(keep | {"units": "µm", "long_name": "Thickness of the material"})

@@ -14,6 +14,7 @@ import numpy as np
 import xarray as xr
 
 from ..core import BattError, step
+from ..learn import pick_device
 
 # %% ../../nbs/cleaning/50_signals.ipynb #11a515f9
 AXES = ("energy", "two_theta", "q", "shift", "frequency")
@@ -198,10 +199,6 @@ def white_noise(
     return np.maximum(np.nan_to_num(s), np.maximum(np.nan_to_num(floor, posinf=0, neginf=0), 1e-12))
 
 # %% ../../nbs/cleaning/50_signals.ipynb #1c4057de
-def _device(device):
-    import torch
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-
 def _solve(w, y, lam, B, pairs, P):
     "Weighted penalized fits of many frames: values, and the factors of their matrices."
     import torch
@@ -320,7 +317,7 @@ def _prepared(values, device):
     low = np.where(usable, low, 0.0)
     y = np.where(good, (values - low[:, None])/scale[:, None], 0.0)
     sigma = white_noise(np.where(good, y, np.nan))
-    as_tensor = lambda a: torch.as_tensor(np.ascontiguousarray(a[usable]), dtype=torch.float64, device=_device(device))
+    as_tensor = lambda a: torch.as_tensor(np.ascontiguousarray(a[usable]), dtype=torch.float64, device=pick_device(device))
     return as_tensor(y), as_tensor(good.astype(float)), as_tensor(sigma[:, None]), low, scale, usable
 
 def _auto_frames(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WINDOWS', 'METHODS', 'pixel_size', 'check_scan', 'angle_weights', 'filter_response', 'Projector', 'quarter_turns',
-           'back', 'forward', 'sirt', 'cgls', 'reconstruct', 'torch_device', 'to_16bit', 'write_slices']
+           'back', 'forward', 'sirt', 'cgls', 'reconstruct', 'to_16bit', 'write_slices']
 
 # %% ../../nbs/cleaning/30_tomography.ipynb #4a5d24cb
 from dataclasses import dataclass, field
@@ -14,6 +14,7 @@ import numpy as np
 import xarray as xr
 
 from ..core import BattError, flag, require, step
+from ..learn import pick_device
 
 # %% ../../nbs/cleaning/30_tomography.ipynb #97c7da18
 def pixel_size(
@@ -337,7 +338,7 @@ def reconstruct(
     if sample_um is not None and not sample_um > 0: raise BattError(f"a sample of {sample_um} µm", key="sample_um", mend="give its diameter in µm, above 0")
     radius = 0.5*sample_um/(pixel or 1.0) if sample_um else 0.0
     options = dict(radius=radius, angles=angles, weight=weight, method=method, filter_name=filter_name, iterations=iterations, non_negative=non_negative, pad=pad, circle=circle, batch=batch,
-                   device=torch_device(device), scale=1.0 if pixel is None else 1/pixel)
+                   device=pick_device(device), scale=1.0 if pixel is None else 1/pixel)
     center = _centers(data, center)
     cut = not data.chunks and not radius and pad == "zero" and _cut(data.transpose(..., "angle", "x").values)
     data = data.drop_vars([k for k, v in data.coords.items() if {"angle", "x"} & set(v.dims)]) # they end here
@@ -353,13 +354,6 @@ def _cut(p):
     return bool(max(abs(p[..., :4].mean()), abs(p[..., -4:].mean())) > 0.03*np.abs(p).max())
 
 # %% ../../nbs/cleaning/30_tomography.ipynb #fed7220b
-def torch_device(
-    device:str="auto", # "auto", or a torch device
-)->str:
-    "The device to compute on: a GPU where there is one."
-    import torch
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-
 def _centers(data, center):
     "The axis for every row and angle, as a DataArray with the dimension angle."
     n = data.sizes["x"]
