@@ -185,9 +185,9 @@ def continued(
     e, e0 = np.asarray(energies, float), edge_facts(element)[0]
     at = lambda *offsets: mu_elam(element, e0 + np.array(offsets))
     (far, low), (high, post) = at(-200.0, -1.0), at(1.0, 400.0)
-    table = mu_elam(element, e)
-    without = np.where(e < e0, table, low*(e/(e0 - 1))**(np.log(low/far)/np.log((e0 - 1)/(e0 - 200))))
-    whole = np.where(e < e0, high*(e/(e0 + 1))**(np.log(post/high)/np.log((e0 + 400)/(e0 + 1))), table)
+    table = mu_elam(element, e) # at the edge itself still the value below it
+    without = np.where(e <= e0, table, low*(e/(e0 - 1))**(np.log(low/far)/np.log((e0 - 1)/(e0 - 200))))
+    whole = np.where(e <= e0, high*(e/(e0 + 1))**(np.log(post/high)/np.log((e0 + 400)/(e0 + 1))), table)
     return without, whole
 
 def mass_absorption(
