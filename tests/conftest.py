@@ -15,3 +15,13 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the measured data set
 def oracle(name):
     """The reference values of one technique."""
     return json.loads((ORACLES/f"{name}.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Two threads of torch on busy cores wait for each other."""
+    import torch
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

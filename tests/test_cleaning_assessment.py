@@ -13,12 +13,7 @@ from conftest import DATA, needs_data
 torch = pytest.importorskip("torch")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def grains(seed, shape=(128, 128), blur=0.7, noise=0.04):

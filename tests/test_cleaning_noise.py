@@ -14,6 +14,7 @@ from batt_nb.cleaning.blur import deblur, estimate_blur
 from batt_nb.cleaning.noise import Noise, denoise, noise_of, patches, repeats_noise, restore, stabilize
 from batt_nb.core import BattError, flags, history, stream
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 rms = lambda a: float(np.sqrt(np.mean(np.square(a))))
 
 
@@ -50,7 +51,7 @@ def test_the_noise_is_measured(seed):
 
 def test_no_noise_no_change():
     flat = image(np.full((64, 64), 3.0))
-    assert denoise(flat).identical(denoise(flat)) and (denoise(flat).values == 3).all() and denoise(flat).denoise_method == "none"
+    assert (denoise(flat).values == 3).all() and denoise(flat).denoise_method == "none"
     clean = image(scene(11))
     done = denoise(clean)
     assert rms((done - clean).values) <= done.estimated_error
@@ -81,6 +82,16 @@ def test_auto_takes_what_is_best_or_close_to_it_and_states_its_error(seed):
     errors = {m: rms(denoise(noisy, method=m).values - clean) for m in ("wavelet", "tv", "nlm", "patches")}
     assert rms(done.values - clean) <= 1.25*min(errors.values()) and 1/1.6 < done.estimated_error/rms(done.values - clean) < 1.6
     assert json.loads(done.candidates)["none"] == 1
+
+
+def test_the_estimated_error_is_the_error_where_the_noise_is_known():
+    clean = scene(33, 128)
+    for method in ("tv", "nlm", "patches"): # a method that is no smooth function of the data fails here, now and then
+        off = []
+        for k in range(5):
+            done = denoise(image(gaussian(clean, 900 + k)), method=method, noise=12.0)
+            off.append(json.loads(done.candidates)[method] - np.mean((done.values - clean)**2)/144)
+        assert abs(np.mean(off)) < 0.02 and np.max(np.abs(off)) < 0.04, method
 
 
 def test_neighbors_gain_and_a_front_stays():

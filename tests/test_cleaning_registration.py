@@ -13,14 +13,7 @@ from scipy.ndimage import gaussian_filter
 MARGIN = 24
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads of torch on busy cores wait for each other."""
-    import torch
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def grains(seed, n):

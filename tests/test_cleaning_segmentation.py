@@ -19,12 +19,7 @@ from conftest import DATA, needs_data
 CODES = {"pore": 10, "solid": 30, "binder": 20}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def phantom(seed, size=(8, 48, 48), noise=.12):

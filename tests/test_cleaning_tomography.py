@@ -15,12 +15,7 @@ from conftest import DATA, needs_data
 PIXEL = 0.65
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def balls(angles, seed=0, n=96, rows=6, center=None, dz=0.0, count=14, pin=0.42, photons=None):

@@ -19,12 +19,7 @@ Y = torch.sin(4*X)
 HELD = [(X[1::3], Y[1::3]), (X[2::3], Y[2::3])]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def network(seed=0, norm=True):

@@ -65,6 +65,7 @@ def _transfer(psf, shape): # transfer function on a grid of this shape
     wide[:psf.shape[0], :psf.shape[1]] = psf
     return np.fft.rfft2(np.roll(wide, [-(s//2) for s in psf.shape], (0, 1)))
 
+# %% ../../nbs/cleaning/40_blur.ipynb #c29e0728
 def _padded(v, psf): # continued by mirroring, tapered to periodic
     "The image on a larger grid, and the place of the seen part."
     from scipy.fft import next_fast_len
@@ -74,6 +75,7 @@ def _padded(v, psf): # continued by mirroring, tapered to periodic
     out = np.pad(v, [(b, s - n - b) for s, n, b in zip(shape, v.shape, before)], mode="symmetric")
     return out, tuple(slice(b, b + n) for b, n in zip(before, v.shape))
 
+# %% ../../nbs/cleaning/40_blur.ipynb #7b7314ef
 def _power_law(power, gain, f, sigma):
     "c and p of the image's spectrum c f^-p, from rings of frequency in which it stands above the noise."
     ring = np.digitize(f, np.geomspace(f[f > 0].min()*1.5, 0.5, 40))
@@ -93,6 +95,7 @@ def _wiener(v, psf, sigma):
     S = c*np.maximum(f, f[0, 1])**-p
     return np.fft.irfft2(H.conj()*Y/(np.abs(H)**2 + sigma**2/S), wide.shape)[seen] + v.mean(), p
 
+# %% ../../nbs/cleaning/40_blur.ipynb #2db65763
 def _richardson_lucy(v, psf, noise, most=300):
     "Positive deconvolution that stops at the noise; -> image, number of steps."
     low = min(float(v.min()), 0.0) # shifted where the data go below 0

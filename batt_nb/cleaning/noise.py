@@ -32,6 +32,7 @@ class Noise:
         "Standard deviation at a level."
         return np.sqrt(np.maximum(self.gain*np.asarray(level, float) + self.offset, 1e-4*self.sigma**2))
 
+# %% ../../nbs/cleaning/35_noise.ipynb #b683b3d2
 def _differences(v, dims, reach=1):
     "High pass that keeps the standard deviation of white noise; and the local level at the same places."
     r = reach
@@ -47,6 +48,7 @@ def _differences(v, dims, reach=1):
 
 def _spread(d): return float(np.median(np.abs(d))/0.6745) if d.size else 0.0
 
+# %% ../../nbs/cleaning/35_noise.ipynb #e4c6c1c3
 def _filled(v): # NaN and infinite values replaced by the nearest good one; -> values, where they were
     bad = ~np.isfinite(v)
     if not bad.any(): return v, bad
@@ -54,6 +56,7 @@ def _filled(v): # NaN and infinite values replaced by the nearest good one; -> v
     from scipy.ndimage import distance_transform_edt
     return v[tuple(distance_transform_edt(bad, return_distances=False, return_indices=True))], bad
 
+# %% ../../nbs/cleaning/35_noise.ipynb #4e177d68
 def noise_of(
     values:np.ndarray, # (.., y, x) or (.., axis)
     dims:int, # 2 images, 1 spectra
@@ -86,6 +89,7 @@ def _paired(d, level): # NaN in both where either is
     bad = ~np.isfinite(d) | ~np.isfinite(level)
     return np.where(bad, np.nan, d), np.where(bad, np.nan, level)
 
+# %% ../../nbs/cleaning/35_noise.ipynb #33dc8b34
 def _line(x, variance, n, flat):
     "Gain and offset of the variance; no gain where the slope is not beyond doubt."
     if len(x) < 4 or not flat: return 0.0, flat**2
@@ -121,9 +125,9 @@ def _wavelet(v, dims):
     from skimage.restoration import denoise_wavelet
     return np.stack([denoise_wavelet(a, sigma=1.0, method="BayesShrink", mode="soft", wavelet="sym4", rescale_sigma=False) for a in v])
 
-def _tv(v, dims, weight=1.5):
+def _tv(v, dims, weight=1.0): # always as many steps: one that stops early is no smooth function of the data, and its estimated error means nothing
     from skimage.restoration import denoise_tv_chambolle
-    return np.stack([denoise_tv_chambolle(a, weight=weight, eps=1e-4, max_num_iter=200) for a in v])
+    return np.stack([denoise_tv_chambolle(a, weight=weight, eps=0, max_num_iter=60) for a in v])
 
 def _nlm(v, dims, h=0.8):
     from skimage.restoration import denoise_nl_means
@@ -179,6 +183,7 @@ def _pass(v, guide, noise, size, batch=2048): # (y, x); `guide` is None in the f
     back = lambda a: fold(a.T[None], v.shape, PATCH)[0, 0]
     return back(total)/back(weight[:, None].expand(-1, PATCH**2))
 
+# %% ../../nbs/cleaning/35_noise.ipynb #6c15e30b
 def patches(
     v:np.ndarray, # (frame, y, x), noise of standard deviation 1
     variance:np.ndarray|None=None, # (frame, y, x) of the noise, where it is not 1
@@ -197,6 +202,7 @@ def patches(
             out[k] = _pass(f, _pass(f, None, n, FIRST), n, SECOND)[:h, :w].numpy()
     return out
 
+# %% ../../nbs/cleaning/35_noise.ipynb #0e9b4215
 def neighbors(
     v:np.ndarray, # (frame, y, x), noise of standard deviation 1
     frames:int=2, # either side
@@ -350,8 +356,8 @@ def error_estimate(
 
 # %% ../../nbs/cleaning/35_noise.ipynb #021bfe64
 SPECTRAL = ("energy", "two_theta", "q", "shift", "frequency")
-IMAGE = {"wavelet": _wavelet, "tv": _tv, "tv_weak": lambda v, d: _tv(v, d, 0.7), "nlm": _nlm, "patches": lambda v, d: patches(v), "neighbors": lambda v, d: neighbors(v, NEIGHBORS), "noise2void": _noise2void}
-SPECTRUM = {"wavelet": _wavelet, "tv": _tv, "tv_weak": lambda v, d: _tv(v, d, 0.7), "lowrank": _lowrank}
+IMAGE = {"wavelet": _wavelet, "tv": _tv, "tv_weak": lambda v, d: _tv(v, d, 0.5), "nlm": _nlm, "patches": lambda v, d: patches(v), "neighbors": lambda v, d: neighbors(v, NEIGHBORS), "noise2void": _noise2void}
+SPECTRUM = {"wavelet": _wavelet, "tv": _tv, "tv_weak": lambda v, d: _tv(v, d, 0.5), "lowrank": _lowrank}
 NEIGHBORS = 2 # frames either side
 AUTO = {2: ("wavelet", "tv", "tv_weak", "nlm", "patches", "neighbors"), 1: ("wavelet", "tv", "tv_weak", "lowrank")}
 
