@@ -161,6 +161,14 @@ def test_what_cannot_be_done_is_said(call, words):
     with pytest.raises(BattError, match=words): call(image(gaussian(scene(1), 1)))
 
 
+def test_a_map_of_spectra_is_taken_together():
+    e, share = np.linspace(0, 60, 200), stream(92, "m").uniform(0, 1, (12, 9))
+    clean = share[..., None]*np.arctan(e - 20) + (1 - share[..., None])*np.arctan(e - 25)
+    noisy = xr.DataArray(clean + 0.1*stream(93, "m").standard_normal(clean.shape), {"y": np.arange(12.0), "x": np.arange(9.0), "energy": 7100 + e}, ("y", "x", "energy"), "mu")
+    done = denoise(noisy, method="lowrank", noise=np.float32(0.1))
+    assert done.dims == noisy.dims and rms(done.values - clean) < 0.3*0.1
+
+
 # --- blur --------------------------------------------------------------------------------------------------------------
 
 def blocks(seed, size=160):
@@ -185,3 +193,11 @@ def test_deblurring_lessens_the_error_and_agrees_with_the_data(method):
     done = deblur(seen, psf=2.0, method=method)
     assert rms(done.values - clean) < 0.9*rms(seen.values - clean) and done.dims == seen.dims
     assert rms(gaussian_filter(done.values, 2.0)[8:-8, 8:-8] - seen.values[8:-8, 8:-8]) == pytest.approx(2.0, rel=0.25)
+
+
+def test_frames_with_masked_pixels_are_masked_and_counted():
+    seen = image(np.stack([gaussian(gaussian_filter(blocks(7, 80), 1.5), k, 2.0) for k in range(3)]), time=np.arange(3.0))
+    holed = seen.where(~((seen.time == 1) & (seen.y > 10) & (seen.y < 12)))
+    done = deblur(holed, psf=1.5)
+    assert done.isnull().all(("y", "x")).values.tolist() == [False, True, False] and any("1 frames" in f for f in flags(done))
+    with pytest.raises(BattError, match="first frame"): deblur(holed.isel(time=[1, 0]), psf=1.5)

@@ -129,6 +129,7 @@ def deblur(
     spread = point_spread(width if np.isfinite(width) else psf)
     order = [d for d in da.dims if d not in ("y", "x")] + ["y", "x"]
     first = da.isel({d: 0 for d in order[:-2]}).transpose("y", "x").values.astype(float)
+    if not np.isfinite(first).all(): raise BattError(f"the first frame has {int((~np.isfinite(first)).sum())} masked pixels, and the noise and the filter are taken from it", key=da.name, mend="fill them, or begin with a whole frame")
     known = noise_of(first, 2) if noise is None else Noise(0.0, float(noise)**2, float(noise))
     def one(v):
         if not np.isfinite(v).all(): return np.full(v.shape, np.nan)
@@ -137,5 +138,6 @@ def deblur(
     out = xr.apply_ufunc(one, work.astype(float), input_core_dims=[["y", "x"]], output_core_dims=[["y", "x"]], vectorize=True, dask="parallelized", output_dtypes=[float]).transpose(*da.dims).rename(da.name).assign_attrs(da.attrs)
     strength = _wiener(first, spread, max(known.sigma, 1e-9))[1] if method == "wiener" else _richardson_lucy(first, spread, known)[1]
     out.attrs |= {"blur": width if np.isfinite(width) else "given as an array", "deblur_method": method, "deblur_strength": float(strength), "noise_sigma": known.sigma}
-    if not np.isfinite(first).all(): out = flag(out, "frames with masked pixels were not deblurred and are masked")
+    lost = 0 if da.chunks is not None else int(da.isnull().any(("y", "x")).sum())
+    if lost: out = flag(out, f"{lost} frames have masked pixels: a filter would spread them over the frame, so these frames are masked whole")
     return out

@@ -412,7 +412,7 @@ def _blocks(da, way, noise, core, along, depth):
     order = [d for d in da.dims if d not in (along, *core)] + ([along] if along else []) + list(core)
     work = da.transpose(*order)
     run = lambda v: _kernel(v, way, noise, len(core)).astype(np.float32 if da.dtype == np.float32 else np.float64)
-    each = lambda v: np.stack([run(a) for a in v.reshape(-1, *v.shape[-(len(core) + 1):])]).reshape(v.shape) if along else run(v)
+    each = lambda v: np.stack([run(a) for a in v.reshape(-1, *v.shape[-(len(core) + 1):])]).reshape(v.shape) if along and len(core) == 2 else run(v) # spectra of a map or series all together
     if work.chunks is None: return work.copy(data=each(work.values)).transpose(*da.dims)
     whole = {d: -1 for d in core} | ({along: -1} if along and depth is None else {})
     work = work.chunk(whole)
@@ -436,7 +436,7 @@ def denoise(
     if method not in ("auto", *ways): raise BattError(f"there is no method {method!r} for {' and '.join(core)}", key="method", mend=f"auto, {', '.join(ways)}")
     if options and method != "noise2void": raise BattError(f"{method} has no option {next(iter(options))!r}", key=next(iter(options)), mend="leave it out")
     part = _probe(da, core, along)
-    known = Noise(0.0, float(noise)**2, float(noise)) if isinstance(noise, (int, float)) else noise or noise_of(part, dims)
+    known = Noise(0.0, float(noise)**2, float(noise)) if noise is not None and not isinstance(noise, Noise) else noise or noise_of(part, dims)
     top = float(np.nanmax(np.abs(part), initial=0.0))
     if not known.sigma > 1e-5*top: return _report(da.copy(), da, known, "none", {"none": 1.0}) # nothing that matters to remove
     errors = choose(stabilize(_filled(part)[0], known), AUTO[dims] if method == "auto" else [m for m in (method,) if m != "noise2void"], ways, dims, seed)
