@@ -138,6 +138,29 @@ def test_same_seed_same_result_and_files(case, taught, forest, tmp_path):
     with pytest.raises(BattError, match="not learned"): Segmenter(CODES).save(tmp_path/"t")
 
 
+def test_live_curves_are_drawn_and_not_saved(case, tmp_path, monkeypatch):
+    import IPython.display
+    drawn = []
+    class Screen:
+        def update(self, figure): drawn.append(len(figure.axes[0].lines[0].get_xdata()))
+    def display(figure, display_id=None):
+        drawn.append(len(figure.axes[0].lines[0].get_xdata()))
+        return Screen()
+    monkeypatch.setattr(IPython.display, "display", display)
+    grey, _, marks = case
+    options = dict(teacher=None, epochs=3, steps=1, width=2, crop=16, depth=1, context=0, turns=1, progress=False)
+    live = Segmenter(CODES, **options, plot=True).fit(grey, marks, ignore=255)
+    assert drawn == [1, 2, 3] # points of the curve: one display, updated in place
+    quiet = Segmenter(CODES, **options).fit(grey, marks, ignore=255)
+    assert drawn == [1, 2, 3] and "plot" not in live.settings and not quiet.plot
+    assert live.save(tmp_path/"a.safetensors").read_bytes() == quiet.save(tmp_path/"b.safetensors").read_bytes()
+    xr.testing.assert_identical(live.predict(grey[:2]), quiet.predict(grey[:2])) # the history too
+    curves = xr.DataArray(np.random.default_rng(0).normal(size=(20, 32)), dims=("frame", "x"))
+    one, two = (Classifier(["a", "b"], width=2, depth=1, epochs=2, progress=False, plot=plot).fit(curves, ["a", "b"]*10) for plot in (True, False))
+    assert drawn == [1, 2, 3, 1, 2] and one.config == two.config
+    assert one.save(tmp_path/"c.safetensors").read_bytes() == two.save(tmp_path/"d.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize("options", [dict(network="segnet", dims=2), dict(network="xlearn", crop=32), dict(network="lrcs", context=0), dict(network="unet", dims=3, depth=1)], ids=lambda o: o["network"] + str(o.get("dims", 2)))
 def test_every_network_trains_and_predicts(case, options):
     grey, _, marks = case

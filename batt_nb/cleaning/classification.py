@@ -52,12 +52,12 @@ class Classifier:
         scale:str="each", # each: by its own median and 98th percentile; none
         epochs:int=30, batch:int=32, lr:float=3e-3, patience:int|None=8, # training; few examples go in smaller batches, eight a pass
         held:float=0.2, # share of each class left out
-        seed:int=0, device:str="auto", progress:bool=True,
+        seed:int=0, device:str="auto", progress:bool=True, plot:bool=False, # plot: live learning curves in a notebook
     ):
         if dims not in (1, 2): raise BattError(f"a classifier of {dims} dimensions", key="dims", mend="1 for curves, 2 for images")
         self.classes = [str(c) for c in classes]
         self.config = dict(dims=dims, classes=self.classes, width=width, depth=depth, scale=scale, epochs=epochs, batch=batch, lr=lr, patience=patience, held=held, seed=seed)
-        self.device, self.progress, self.network_ = device, progress, None
+        self.device, self.progress, self.plot, self.network_ = device, progress, plot, None
 
     def fit(self, data, kinds, *, augment=None, folder=None, resume=False): # data [..., x] or [..., y, x]; kinds: a name each; augment: callable(values, rng) -> values
         "Learn from labelled examples; returns self. Fitted: network_, history_, temperature_, report_."
@@ -78,7 +78,7 @@ class Classifier:
         with seeded(c["seed"], "weights"): self.network_ = make_classifier(c)
         loss = lambda net, a, b: torch.nn.functional.cross_entropy(net(a).float(), b, label_smoothing=0.02)
         self.history_ = train(self.network_, batches, loss, valid=[(held, target)] if left.any() else None, epochs=c["epochs"], lr=c["lr"], seed=c["seed"],
-                              warmup=2, patience=c["patience"] if left.any() else None, folder=folder, resume=resume, progress=self.progress, device=self.device)
+                              warmup=2, patience=c["patience"] if left.any() else None, folder=folder, resume=resume, progress=self.progress, plot=self.plot, device=self.device)
         p = self._ask(x[left])
         self.temperature_ = find_temperature(p, y[left]) if left.sum() >= 10 else 1.0
         self.report_ = reliability(warm(p, self.temperature_), y[left])

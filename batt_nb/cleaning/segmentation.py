@@ -301,14 +301,14 @@ class Segmenter:
         adapt:bool=True, # shift the prior from the strokes' to that of the images; False where large parts of the images are no class at all
         held:float=0.2, gap:float=3.0, # share of the strokes left out, for calibration and the choice of weights; px between pixels of one stroke
         tile:int=192, turns:int=4, # prediction: px a tile, orientations averaged (1, 2, 4)
-        seed:int=0, device:str="auto", progress:bool=True,
+        seed:int=0, device:str="auto", progress:bool=True, plot:bool=False, # plot: live learning curves in a notebook
     ):
         self.classes = class_codes(classes)
-        self.settings = {k: v for k, v in locals().items() if k not in ("self", "classes", "device", "progress")}
+        self.settings = {k: v for k, v in locals().items() if k not in ("self", "classes", "device", "progress", "plot")}
         if teacher not in (None, "forest"): raise BattError(f"no teacher {teacher!r}", key="teacher", mend="forest or None")
         if turns not in (1, 2, 4): raise BattError(f"{turns} orientations", key="turns", mend="1, 2 or 4")
         if network not in ("unet", "lrcs", "segnet", "xlearn", "forest"): raise BattError(f"no network {network!r}", key="network", mend="unet, lrcs, segnet, xlearn or forest")
-        self.device, self.progress = device, progress
+        self.device, self.progress, self.plot = device, progress, plot
         self.network_ = self.forest_ = None
 
     def __getattr__(self, name): # settings read as attributes
@@ -431,7 +431,7 @@ def _train(self, volumes, learned, away, marks, folder, resume, start):
         rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=g)))
         return (crops.draw(rng) for _ in range(self.steps))
     self.history_ = train(self.network_, batches, stroke_loss, valid=held, epochs=self.epochs, lr=self.lr, seed=self.seed, warmup=2, patience=self.patience,
-                          folder=folder, resume=resume, progress=self.progress, device=self.device)
+                          folder=folder, resume=resume, progress=self.progress, plot=self.plot, device=self.device)
 
 def _build(self):
     "The network with fresh weights, the same for the same seed."
