@@ -217,7 +217,8 @@ def fit_references(
         rows, noise = v.reshape(-1, energy.size)[:, inside], np.broadcast_to(s, v.shape[:-1]).reshape(-1)
         out, numbers = _grouped(rows, curves, back, grid, weights, None if sigma is None else noise, most, sum_to_one)
         return (*(out[..., k].reshape(*v.shape[:-1], -1) for k in range(4)), *(numbers[:, k].reshape(v.shape[:-1]) for k in range(3)))
-    arrays = xr.apply_ufunc(run, norm, each, input_core_dims=[["energy"], []], output_core_dims=[["reference"]]*4 + [[]]*3, dask="parallelized",
+    bare = norm.drop_vars(["energy_shift", "energy_shift_sigma"], errors="ignore") # of `align_energy`: here they are the fit's own
+    arrays = xr.apply_ufunc(run, bare, each, input_core_dims=[["energy"], []], output_core_dims=[["reference"]]*4 + [[]]*3, dask="parallelized",
             output_dtypes=[float]*7,
                             dask_gufunc_kwargs={"output_sizes": {"reference": references.sizes["reference"]}, "allow_rechunk": True})
     out = xr.Dataset({k: a.assign_attrs(units=FIT_LABELS[k][0], long_name=FIT_LABELS[k][1]) for k, a in zip(FIT_LABELS, arrays)})
