@@ -97,6 +97,16 @@ def test_despike_does_no_harm(counted):
     assert found.signal.dims == ("two_theta",) and found.mask.values.nonzero()[0].tolist() == [100]
 
 
+def test_despike_leaves_a_bright_frame_and_a_line_of_one_frame(counted):
+    mean = counted[0].copy()
+    mean[7] *= 1.4
+    mean[12] += 400*np.exp(-(np.arange(200) - 100.5)**2/2/1.3**2)
+    values = np.random.default_rng(4).poisson(mean).astype(float)
+    assert despike(series(values)).attrs["spikes"] == 0
+    values[5, 40:42] += 600
+    assert np.argwhere(despike(series(values)).mask.values).tolist() == [[5, 40], [5, 41]]
+
+
 def test_lasting_spots_only_on_demand(counted):
     spotted = counted[1].copy()
     spotted[8:11, 20:25] += 400*np.exp(-(np.arange(-2, 3))**2/2/1.5**2)

@@ -63,7 +63,9 @@ def _by_level(at, differences, level, bins):
     center = np.array([np.median(x[place == k]) for k in range(edges.size - 1) if (place == k).any()])
     spread = np.array([np.median(d[place == k])/0.6745 for k in range(edges.size - 1) if (place == k).any()])
     floor = max(float(spread.max())*1e-3, np.finfo(float).eps*float(np.abs(x).max(initial=1.0))*1e3, 1e-300)
-    return np.interp(level, center, np.maximum(np.maximum.accumulate(spread), floor))
+    spread = np.maximum(np.maximum.accumulate(spread), floor)
+    above = np.sqrt(np.maximum(level/center[-1], 1)) if center[-1] > 0 else 1.0 # the tops of lines, too few for a bin of their own: as counts at most
+    return np.interp(level, center, spread)*above
 
 # %% ../../nbs/cleaning/50_signals.ipynb #3bf7f582
 def _time_excess(v, reach, lasting):
@@ -81,15 +83,15 @@ def _time_excess(v, reach, lasting):
     return out
 
 def _axis_excess(v, narrowest):
-    "How far each value stands above what a line of the smallest width could be, given its neighbors; NaN at the ends."
+    "How far each value stands above what a line of the smallest width could be, alone or as one of two, given its neighbors; NaN at the ends."
     from scipy.ndimage import minimum_filter1d
-    factor = 2.0**(4/narrowest**2)
-    filled = np.where(np.isfinite(v), v, np.inf)
-    floor = minimum_filter1d(filled, 9, axis=1, mode="nearest")
-    out = np.full(v.shape, np.nan)
-    beside = np.fmax(v[:, :-2], v[:, 2:])
-    out[:, 1:-1] = v[:, 1:-1] - floor[:, 1:-1] - factor*(beside - floor[:, 1:-1])
-    return out
+    h = v - minimum_filter1d(np.where(np.isfinite(v), v, np.inf), 9, axis=1, mode="nearest")
+    one, two = 2.0**(4/narrowest**2), 2.0**(8/narrowest**2)
+    alone, pair = np.full(v.shape, np.nan), np.full(v.shape, np.nan)
+    alone[:, 1:-1] = h[:, 1:-1] - one*np.fmax(h[:, :-2], h[:, 2:])
+    pair[:, 1:-2] = np.fmin(h[:, 1:-2], h[:, 2:-1]) - two*np.fmax(h[:, :-3], h[:, 3:]) # bins i and i + 1
+    pair[:, 1:] = np.fmax(pair[:, 1:], pair[:, :-1])
+    return np.fmax(alone, pair)
 
 # %% ../../nbs/cleaning/50_signals.ipynb #00f7c932
 def spike_scores(
@@ -106,7 +108,7 @@ def spike_scores(
     on_axis = _axis_excess(v, narrowest)/sigma
     if along == "axis": return on_axis
     confirmed = np.fmin(on_axis, _time_excess(v, 0, 1)/sigma)
-    return np.where(np.isfinite(in_time), np.fmax(in_time, confirmed), on_axis)
+    return np.where(np.isfinite(in_time), np.fmax(in_time, confirmed) if lasting > 1 else confirmed, on_axis)
 
 def _between(v, good, i, axis):
     "Interpolation of masked places along one axis between the nearest good values, and half of what these differ by; NaN and infinite at the ends."
@@ -169,9 +171,17 @@ def _despike_result(da, signal, z, mask, axis, threshold):
     ds = xr.Dataset({"signal": exact.assign_attrs({"long_name": "Signal without spikes", "units": "1"} | da.attrs), "z_score": z.assign_attrs(units="1", long_name="Standard deviations above anything real"),
                      "mask": mask.assign_attrs(units="1", long_name="Spike")}, attrs=dict(da.attrs))
     if da.chunks is None:
-        removed = (da - exact).where(mask).sum()
-        ds.attrs |= {"spikes": int(mask.sum()), "spike_share": float(mask.mean()), "not_judged": int(z.isnull().sum()), "removed": float(removed)}
+        removed = (da - exact).where(mask)
+        ds.attrs |= {"spikes": int(mask.sum()), "spike_share": float(mask.mean()), "not_judged": int(z.isnull().sum()), "removed": float(removed.sum()), "despike_harm": _despike_harm(da, removed, z, mask, axis, threshold)}
     return ds
+
+def _despike_harm(da, removed, z, mask, axis, threshold): # data units
+    "What may be wrong in all: spikes that are none beyond doubt count in full, the others as the noise of what took their place."
+    if not bool(mask.any()): return 0.0
+    core = [d for d in (series_of(da), axis) if d]
+    sigma = xr.apply_ufunc(lambda v: noise_of_level(v if v.ndim == 2 else v[None]).reshape(v.shape), da.astype(float), input_core_dims=[core], output_core_dims=[core], vectorize=True).transpose(*da.dims)
+    wrong = xr.where(z < 2*threshold, np.square(removed), np.square(sigma)).where(mask)
+    return float(np.sqrt(wrong.sum()/da.notnull().sum()))
 
 # %% ../../nbs/cleaning/50_signals.ipynb #862df84e
 PIECES = 80 # of the spline, at most
@@ -323,7 +333,7 @@ def _prepared(values, device):
 def _auto_frames(
     values:np.ndarray, # (frame, point)
     step_:int|None=None, # of the ladder, where known
-    weights:tuple|None=None, # frames that were probed and their weights (probe, point), where known
+    weights:tuple|None=None, # frames that were probed, their weights and uncertainties (probe, point), where known
     device:str="auto",
     batch:int=48, # frames at once
 )->tuple: # base, sigma (frame, point), width, share, step (frame,)
@@ -337,21 +347,22 @@ def _auto_frames(
         at = i + np.flatnonzero(usable)
         if step_ is None: b, e, w, p, steps, _ = _climb(y, seen, noise)
         else:
-            seen_probes, known = (torch.as_tensor(a, dtype=y.dtype, device=y.device) for a in weights)
-            start = known[torch.stack([(y - p).abs().mean(1) for p in seen_probes]).argmin(0)]
-            (b, e, w, p), steps = _follow(y, seen, noise, step_, start), step_
+            seen_probes, known, sure = (torch.as_tensor(a, dtype=y.dtype, device=y.device) for a in weights)
+            like = torch.stack([(y - p).abs().mean(1) for p in seen_probes]).argmin(0)
+            (b, e, w, p), steps = _follow(y, seen, noise, step_, known[like]), step_
+            e = np.maximum(e, sure[like].cpu().numpy()) # the spread of all that fitted the probe
         base[at], sigma[at] = b*scale[usable][:, None] + low[usable][:, None], e*scale[usable][:, None]
         width[at], share[at], k[at] = w, p, steps
     return base, sigma, width, share, k
 
 # %% ../../nbs/cleaning/50_signals.ipynb #eeb3c575
 def _probe(frames, probes, device):
-    "The step of the ladder and the weights of probe frames spread over a series."
+    "The step of the ladder, and probe frames spread over a series with their weights and uncertainties."
     chosen = np.unique(np.linspace(0, len(frames) - 1, probes).round().astype(int))
     y, seen, noise, *_, usable = _prepared(np.asarray(frames[chosen], float), device)
     if not usable.any(): raise BattError("none of the frames that were probed has values enough", key="probes", mend="look at the data, or raise probes")
-    *_, k, w = _climb(y, seen, noise)
-    return int(np.median(k)), (y.cpu().numpy(), w.cpu().numpy())
+    _, sure, *_, k, w = _climb(y, seen, noise)
+    return int(np.median(k)), (y.cpu().numpy(), w.cpu().numpy(), sure)
 
 def _named_frames(values, method, options):
     "Baselines by a method of pybaselines, a frame each; NaN where it fails."
