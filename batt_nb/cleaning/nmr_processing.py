@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 
 from ..campaign.resonance import fourier_transform
-from ..core import BattError, require, step
+from ..core import BattError, flag, require, step
 
 # %% ../../nbs/cleaning/52_nmr.ipynb #952499b8
 WINDOWS = {"none": lambda t, L, end: np.ones_like(t), "exponential": lambda t, L, end: np.exp(-np.pi*L*t), "gaussian": lambda t, L, end: np.exp(-(np.pi*L*t)**2/(4*np.log(2))),
@@ -277,14 +277,18 @@ def correct_baseline(
     m = x.size//block
     center, good = x[:m*block].reshape(m, block).mean(1), free[:m*block].reshape(m, block).all(1)
     if good.sum() < 12: raise BattError(f"{int(good.sum())} blocks of the axis are free of lines", key="keep", mend="lower block, or keep less")
+    smoothers = _smoothers(good)
     def one(v):
         if not np.isfinite(v).all(): return np.full(v.shape, np.nan), np.full(v.shape, np.nan)
-        return _spline_under(center, v[:m*block].reshape(m, block).mean(1), good, x)
+        return _spline_under(center, v[:m*block].reshape(m, block).mean(1), good, x, smoothers)
     base, sigma = xr.apply_ufunc(one, real, input_core_dims=[["shift"]], output_core_dims=[["shift"]]*2, vectorize=True, output_dtypes=[float, float])
     unit = spectrum.attrs.get("units", "1")
     said = lambda v, text: v.transpose(*spectrum.dims).assign_attrs(units=unit, long_name=text)
-    return xr.Dataset({"spectrum": (real - base).transpose(*spectrum.dims).assign_attrs(dict(spectrum.attrs) | {"long_name": "NMR spectrum above its baseline"}), "baseline": said(base, "Baseline"), "baseline_sigma": said(sigma, "Standard uncertainty of the baseline")},
-                      attrs={"line_free_share": float(free.mean())})
+    bend = float(np.nanmax(np.abs(base - base.median("shift"))/np.maximum(sigma, 1e-300))) if np.isfinite(base).any() else 0.0
+    harm = float(np.sqrt(((sigma if len(keep) else base)**2).mean())) # without `keep` all of it may have been a line
+    out = xr.Dataset({"spectrum": (real - base).transpose(*spectrum.dims).assign_attrs(dict(spectrum.attrs) | {"long_name": "NMR spectrum above its baseline"}), "baseline": said(base, "Baseline"), "baseline_sigma": said(sigma, "Standard uncertainty of the baseline")},
+                      attrs={"line_free_share": float(free.mean()), "baseline_harm": harm})
+    return flag(out, f"the baseline bends by {bend:.0f} of its uncertainties: a line as broad looks the same and was taken off (keep=(low, high) saves it)") if not len(keep) and bend > 10 else out
 
 def _line_free(spectrum, keep, height):
     "Points of the axis where no line stands in any frame."
@@ -299,19 +303,21 @@ def _line_free(spectrum, keep, height):
     return ~grown
 
 # %% ../../nbs/cleaning/52_nmr.ipynb #90cdfc0d
-def _spline_under(center, values, good, x):
-    "A smoothing spline through good blocks, and its uncertainty from the posterior covariance, on the axis."
-    n = center.size
+def _smoothers(good):
+    "Smoothing splines through good blocks of ten strengths: the matrix that takes values to the spline, and its degrees of freedom."
+    n = good.size
     D = np.diff(np.eye(n), 3, axis=0)
     P, W = D.T @ D, np.diag(good.astype(float))
-    def fit(lam):
-        V = np.linalg.inv(W + lam*P + 1e-10*np.eye(n))
+    found = [np.linalg.inv(W + lam*P + 1e-10*np.eye(n)) for lam in 10.0**np.arange(0, 9.1, 1.0)]
+    return [(V, float(np.trace(V @ W))) for V in found]
+
+def _spline_under(center, values, good, x, smoothers):
+    "The smoothing spline chosen by generalized cross-validation, and its uncertainty from the posterior covariance, on the axis."
+    def fit(V, freedom):
         b = V @ (good*values)
-        freedom = float(np.trace(V @ W))
         r = (values - b)[good]
         return b, V, r, freedom, good.sum()*float(r @ r)/max(good.sum() - freedom, 1e-3)**2
-    best = min((fit(lam) for lam in 10.0**np.arange(0, 9.1, 1.0)), key=lambda f: f[4])
-    b, V, r, freedom, _ = best
+    b, V, r, freedom, _ = min((fit(*s) for s in smoothers), key=lambda f: f[4])
     scale = float(r @ r)/max(good.sum() - freedom, 1.0)
     return np.interp(x, center, b), np.interp(x, center, np.sqrt(scale*np.maximum(np.diag(V), 0)))
 
