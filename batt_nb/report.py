@@ -156,7 +156,7 @@ def small_figure():
     return figure, axes
 
 # %% ../nbs/60_report.ipynb #806abf60
-MAIN = {"xas": ("norm", "mu"), "xrd": ("intensity",), "xct": ("image", "projections"), "nmr": ("spectrum", "signal")}
+MAIN = {"xas": ("norm", "mu"), "xrd": ("intensity",), "xct": ("image", "line_integral", "projections"), "nmr": ("spectrum", "signal")}
 AXES = ("energy", "two_theta", "q", "shift", "frequency", "z", "y", "x", "acquisition_time")
 
 def main_variable(
@@ -230,11 +230,12 @@ def open_for_report(
 def look_at(
     campaign, # an open campaign
     technique:str, # its name in the manifest
+    stage:str="raw", # or clean
 )->Look:
     "One technique with its state, as far as they can be had."
-    t, remarks = campaign.techniques[technique], []
-    ds, state = _tried(lambda: campaign.joined(technique), remarks) if t.kind != "echem" else None, _tried(lambda: campaign.state(t.cell), remarks)
-    look = Look(campaign, technique, campaign[technique] if ds is None else ds, state=state, remarks=remarks)
+    t, remarks, key = campaign.techniques[technique], [], f"{technique}/{stage}"
+    ds, state = _tried(lambda: campaign.joined(key), remarks) if t.kind != "echem" else None, _tried(lambda: campaign.state(t.cell), remarks)
+    look = Look(campaign, technique, campaign[key] if ds is None else ds, state=state, remarks=remarks)
     if state is not None: look.state, look.clock = with_hours(state, seconds_on(state, state)), "since the cycler's start"
     return look if t.kind == "echem" else _add_frames(look, t.kind)
 
@@ -1310,7 +1311,7 @@ def technique_table(
     "What was measured on which cell."
     rows_ = []
     for n, t in campaign.techniques.items():
-        ds = campaign[n]
+        ds = campaign[f"{n}/raw"]
         rows_.append({"technique": n, "kind": t.kind, "cell": t.cell, "scale": t.scale, "format": str(ds.attrs.get("format", "several")), "size": ", ".join(f"{k} {v}" for k, v in ds.sizes.items()),
                       "start": str(ds.attrs.get("start_time", "not known")), "remarks": len(flags(ds)), "notes": t.notes})
     return table(rows_, "Techniques, as they were read")
@@ -1388,9 +1389,9 @@ def sister_joins(
         if t.kind == "echem" or t.cell not in states: continue
         others = [s.drop_vars("hours").assign_attrs(cell=c) for c, s in states.items() if c != t.cell and "lithium_content" in s]
         said = []
-        own = _tried(lambda n=n: campaign.joined(n), said)
+        own = _tried(lambda n=n: campaign.joined(f"{n}/raw"), said)
         out = None if own is None or "lithium_content" not in own or not others else _tried(lambda: align(own[[v for v in own.data_vars if own[v].dims == ("time",)]], *others, on="lithium_content"), said)
-        if out is None: rows_.append({"technique": n, "cell": t.cell, "frames": campaign[n].sizes.get("time", 0), "joined": 0, "others": len(others), "voltage here minus others (mV)": np.nan, "spread of others (mV)": np.nan, "why not": said[0] if said else "no lithium content"}); continue
+        if out is None: rows_.append({"technique": n, "cell": t.cell, "frames": campaign[f"{n}/raw"].sizes.get("time", 0), "joined": 0, "others": len(others), "voltage here minus others (mV)": np.nan, "spread of others (mV)": np.nan, "why not": said[0] if said else "no lithium content"}); continue
         done[n], d = out, (out["voltage"] - out["voltage_others"]).values*1e3
         rows_.append({"technique": n, "cell": t.cell, "frames": out.sizes["time"], "joined": int(np.isfinite(d).sum()), "others": len(others), "voltage here minus others (mV)": float(np.nanmedian(d)) if np.isfinite(d).any() else np.nan,
                       "spread of others (mV)": float(np.nanmedian(out["voltage_others_spread"]))*1e3 if np.isfinite(out["voltage_others_spread"]).any() else np.nan, "why not": ""})
@@ -1626,7 +1627,9 @@ def render(
     exporter = HTMLExporter(template_name="lab", template_file="base.html.j2", exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True,
                             mathjax_url="", require_js_url="", mermaid_js_url="", jquery_url="")
     body, _ = exporter.from_notebook_node(nb)
-    sections = [(a, re.sub("<[^>]+>", "", t)) for a, t in re.findall(r'<h2 id="([^"]+)">(.*?)</h2>', body)]
+    sections = [(f"section-{k}", re.sub("<[^>]+>", "", t)) for k, t in enumerate(re.findall(r"<h2[^>]*>(.*?)</h2>", body))]
+    anchors = iter(sections)
+    body = re.sub(r"<h2[^>]*>", lambda m: f"<h2 id='{next(anchors)[0]}'>", body)
     return page_frame(title, body, footer, sections, head=bokeh_js() if "bn-figure" in body else "")
 
 def bokeh_js()->str: # script elements
@@ -1639,11 +1642,12 @@ def bokeh_js()->str: # script elements
 def provenance(
     campaign, # an open campaign
     names, # techniques that went into a page
+    stage:str="raw", # the stage that it shows, where a technique has it
 )->str: # HTML
     "Where the numbers of a page came from."
     rows_ = []
     for name in names:
-        try: ds = campaign[name]
+        try: ds = campaign[f"{name}/{stage if (name, stage) in campaign.store.stages() else 'raw'}"]
         except BattError as e: rows_.append({"technique": name, "step": "not in the store", "parameters": str(e), "version": "", "inputs": ""}); continue
         rows_ += [{"technique": name, "step": h["function"], "parameters": json.dumps(h["parameters"], ensure_ascii=False)[:400], "version": h["version"], "inputs": ", ".join(h["inputs"])} for h in history(ds)]
     from importlib.metadata import version
@@ -1666,9 +1670,10 @@ def make_page(
     names = [n for n, t in campaign.techniques.items() if not job.technique or n == job.technique or t.kind == "echem" and t.cell == campaign.techniques[job.technique].cell]
     try:
         for n in names: _ensure(campaign, n)
+        if job.page.startswith("cleaning_"): _clean(campaign, job.technique)
         nb, error = run_template(job, parameters, folder/"notebooks", campaign.folder)
         metrics, picture_ = take_out(nb)
-        page = render(nb, job.title, provenance(campaign, names))
+        page = render(nb, job.title, provenance(campaign, names, "clean" if job.page.startswith("cleaning_") else "raw"))
     except Exception as e: # whatever goes wrong with one page must not stop the others: it is shown, listed and told at the end
         error = f"{type(e).__name__}: {e}"
         page = page_frame(job.title, f"<h1>{escape(job.title)}</h1>" + say("This report could not be made.", error, kind="warn").html)
@@ -1680,8 +1685,13 @@ def make_page(
 
 def _ensure(campaign, name):
     "Ingest a technique that is not in the store yet."
-    try: campaign[name]
+    try: campaign[f"{name}/raw"]
     except BattError: campaign.ingest([name])
+
+def _clean(campaign, name):
+    "Clean a technique here, once: the page's own process then only reads the stage."
+    from batt_nb.cleaning.recipes import clean_technique
+    clean_technique(campaign, name, progress=False)
 
 # %% ../nbs/60_report.ipynb #56584a2f
 def read_record(

@@ -28,7 +28,7 @@ def recovered_content(
     truth:xr.Dataset, # from `truths`
 )->xr.Dataset: # along time: x and x_sigma recovered, true of the cell, true of what was probed; NaN where not joined
     "The lithium content at each frame of a technique, recovered and true."
-    joined = campaign.joined(technique)
+    joined = campaign.joined(f"{technique}/raw")
     if "lithium_content" not in joined: raise BattError("the frames have no lithium content", key=technique, mend="see the technique's first look")
     if joined.sizes["time"] != truth.sizes["time"]: raise BattError(f"{joined.sizes['time']} frames were read, {truth.sizes['time']} were made", key=technique, mend="make the twin again: raw files are missing")
     values = {"x": joined["lithium_content"], "x_sigma": joined["lithium_content_sigma"], "cell": truth["lithium_content_cell"], "probed": truth["lithium_content_probed"]}

@@ -152,12 +152,13 @@ def __getitem__(self:Campaign,
 def save(self:Campaign,
     key:str, # "xas/clean": technique and name of the stage
     ds:xr.Dataset, # the stage
+    digest:str|None=None, # names the file; of the history and the sizes where left out
 )->"Campaign":
     "Write a further stage of a technique into the store."
     name, _, stage = key.partition("/")
     self._technique(name)
     if not stage.isidentifier() or stage == "raw": raise BattError(f"{stage!r} cannot be a stage's name", key=key, mend="use letters, as in xas/clean; raw is written by ingest alone")
-    digest = hashlib.blake2b((ds.attrs.get("history", "") + str(ds.sizes)).encode(), digest_size=6).hexdigest()
+    digest = digest or hashlib.blake2b((ds.attrs.get("history", "") + str(ds.sizes)).encode(), digest_size=6).hexdigest()
     with self.store.lock():
         path = write_stage(ds, self.store.path(name, stage, digest))
         self.store.supersede(path)
@@ -190,12 +191,12 @@ def state(self:Campaign,
 
 @patch
 def joined(self:Campaign,
-    technique:str, # its name in the manifest
+    key:str, # "xas" for the latest stage of a technique, "xas/raw" for a named one
 )->xr.Dataset: # its frames (lazy) with the state of their cell along `time`
     "The frames of a technique joined to the electrochemistry of their own cell by clock."
     from batt_nb.campaign.joining import align
-    t = self._technique(technique)
-    ds, state = self[technique], self.state(t.cell)
+    t = self._technique(key.partition("/")[0])
+    ds, state = self[key], self.state(t.cell)
     if state is None: return flag(ds, f"cell {t.cell} has no electrochemical record: the frames are not joined")
     if "time" not in ds.dims: return flag(ds, "the frames have no times: they are not joined")
     return align(ds, state)
