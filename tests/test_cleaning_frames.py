@@ -191,3 +191,56 @@ def test_the_tooth_scan():
     plain = -np.log((tooth.projections - tooth.darks.mean("dark"))/(tooth.flats.mean("flat") - tooth.darks.mean("dark")))
     assert out.air_columns > 10 and air(out) < 0.8*air(plain) and int(out.masked.sum()) == 0
     assert abs(float(out.median() - plain.median())) < 0.01
+
+
+def warming(seed, counts=100.0, uniform=False, after=True, artefacts=("noise", "read_noise"), photons=800.0):
+    """A scan on a detector whose dark current rises and saturates: truth, counts, its pattern, and what a straight line in time between the darks leaves of it in each frame."""
+    truth, end = spheres(seed), 12.0
+    ds = illuminate(truth, n_flats=16, n_darks=12, period_s=0.5, photons=photons, seed=seed)
+    ds = ds.assign_coords(flat_time=("flat", np.r_[ds.flat_time.values[8:], end + 0.5*np.arange(8)]))
+    if after: ds = ds.assign_coords(dark_time=("dark", np.r_[ds.dark_time.values[6:], end + 4 + 0.5*np.arange(6)]))
+    for name in artefacts: ds = artefact.ARTEFACTS[name](ds, seed=seed)
+    rng, t = stream(seed, "test warming"), ds.dark_time.values
+    pattern = np.ones((72, 128)) if uniform else 0.6*np.abs(rng.standard_normal((72, 128))) + np.abs(rng.standard_normal(128))
+    pattern = pattern/rms(pattern)
+    rise = lambda at: counts*(1 - np.exp(-np.maximum(at, 0)/3))
+    for name, at in (("projections", "angle_time"), ("flats", "flat_time"), ("darks", "dark_time")): ds[name] = ds[name] + xr.DataArray(rise(ds[at].values), dims=ds[name].dims[0])*xr.DataArray(pattern, dims=("z", "x"))
+    line = np.interp(ds.angle_time.values, [t[:6].mean(), t[6:].mean()], [rise(t[:6]).mean(), rise(t[6:]).mean()])
+    return -np.log(truth), digitize(ds), pattern, rise(ds.angle_time.values) - line
+
+
+def dark_left(out, lines, ds, pattern):
+    "Counts of the pattern in each corrected frame."
+    wrong = (np.exp(-out.values) - np.exp(-lines.values))*(ds.flats.mean("flat") - ds.darks.mean("dark")).values
+    p = pattern - np.median(pattern)
+    return ((wrong - np.median(wrong, (1, 2), keepdims=True))*p).sum((1, 2))/(p*p).sum()
+
+
+@pytest.mark.parametrize("seed, artefacts", [(71, ("noise", "read_noise")), (72, ("beam_drift", "flicker", "noise", "zingers", "read_noise"))])
+def test_a_dark_that_drifts_is_followed(seed, artefacts):
+    lines, ds, pattern, beyond = warming(seed, artefacts=artefacts)
+    plain, out = correct_frames(ds, eigen_darks=0), correct_frames(ds)
+    before, after = (dark_left(v, lines, ds, pattern) for v in (plain, out))
+    assert out.eigen_darks == 1 and rms(before) > 6 and rms(after) < 0.3*rms(before)
+    assert 0.4 < rms(after/out.dark_shift_sigma) < 1.6
+    off = out.dark_shift.values - np.abs(beyond)
+    assert rms(off) < 0.25*rms(beyond) and out.dark_shift.units == "counts"
+    assert rms(out - lines) < rms(plain - lines)
+    np.testing.assert_allclose(correct_frames(ds.chunk(angle=7)).compute().values, out.values, atol=2e-6)
+
+
+def test_a_dark_that_cannot_be_told_from_the_sample_is_left_to_interpolation():
+    lines, ds, _, beyond = warming(73, uniform=True)
+    out = correct_frames(ds)
+    assert float(out.dark_shift.max()) == 0 and np.abs(beyond).max() < 3*float(out.dark_shift_sigma.max()) and rms(beyond/out.dark_shift_sigma) < 1.6
+    np.testing.assert_allclose(out.values, correct_frames(ds, eigen_darks=0).values, atol=1e-6)
+    assert rms(out.harm) > rms(correct_frames(ds, eigen_darks=0).harm)
+
+
+def test_a_steady_dark_is_left_alone():
+    ds = warming(74, counts=0.0)[1]
+    out = correct_frames(ds)
+    assert out.eigen_darks == 0 and float(out.dark_shift_sigma.max()) == 0
+    np.testing.assert_array_equal(out.values, correct_frames(ds, eigen_darks=0).values)
+    hit = ds.copy(deep=True); hit.darks[3, 20, 30] += 5000 # a cosmic ray in one dark is no drift
+    assert correct_frames(hit).eigen_darks == 0

@@ -5,7 +5,7 @@ import torch
 import xarray as xr
 from skimage.transform import iradon, radon
 
-from batt_nb.cleaning.scan_geometry import align_projections, find_center, retrieve_phase
+from batt_nb.cleaning.scan_geometry import align_projections, correct_tilt, find_center, retrieve_phase
 from batt_nb.cleaning.tomography import Projector, angle_weights, back, forward, reconstruct, to_16bit, write_slices
 from batt_nb.core import BattError, flags, history
 from batt_nb.twin.xct import attenuation, correct_flat, delta, expose, propagate, radiograph
@@ -310,3 +310,69 @@ def test_the_tooth_from_file_to_volume():
     assert dict(volume.sizes) == {"z": 2, "y": 640, "x": 640} and volume.units == "1/pixel"
     variation = [float(np.hypot(*np.gradient(reconstruct(tooth[:, 0], c, filter_name="hann").values)).sum()) for c in (294.3, float(found.center), 297.3)]
     assert variation[1] < min(variation[0], variation[2])
+
+
+def rms(a): return float(np.sqrt(np.mean(np.square(np.asarray(a, float)))))
+
+
+def tilted(tilt, seed, n=96, rows=64, center=46.6, photons=5e4):
+    """Balls in a pin on a detector that is turned by `tilt` degrees about the axis in its middle row: line integrals of 90 angles over half a turn."""
+    rng, th, lean, p = np.random.default_rng([8, seed]), np.deg2rad(HALF)[:, None, None], np.deg2rad(tilt), 0.0
+    some = [(rng.uniform(0.04, 0.09)*n, rng.uniform(0, 2*np.pi), 0.3*n*np.sqrt(rng.uniform()), rng.uniform(-rows/2, rows/2), rng.uniform(0.004, 0.012)) for _ in range(20)]
+    for part in (-1/3, 0, 1/3): # mean of three points across a pixel
+        u, z = np.arange(n)[None] - center + part, np.arange(rows)[:, None] - (rows - 1)/2
+        u, z = u*np.cos(lean) - z*np.sin(lean), u*np.sin(lean) + z*np.cos(lean)
+        p = p + 0.003*np.sqrt(np.maximum((0.4*n)**2 - u**2, 0))/3 + np.zeros((len(HALF), 1, 1))
+        for r, a, d, bz, m in some: p += 2/3*m*np.sqrt(np.maximum(r**2 - (u - d*np.cos(a + th))**2 - (z - bz)**2, 0))
+    if photons: p = -np.log(rng.poisson(photons*np.exp(-p))/photons)
+    return xr.DataArray(p, {"angle": HALF, "z": PIXEL*np.arange(rows), "x": PIXEL*np.arange(n)}, ("angle", "z", "x"), "line_integral", {"units": "1", "pixel_size_um": PIXEL})
+
+
+def test_a_tilted_axis_is_found_and_put_upright():
+    error, sigma = [], []
+    for seed, tilt in ((1, 0.3), (3, -0.3)):
+        f = find_center(tilted(tilt, seed))
+        error.append(float(f.tilt) - tilt); sigma.append(float(f.tilt_sigma))
+        assert abs(float(f.center) - 46.6) < 0.1
+    z = np.array(error)/sigma
+    assert np.abs(z).max() < 2.5 and np.sqrt(np.mean(z**2)) < 1.8 and max(sigma) < 0.06
+    small = dict(n=72, rows=48, center=35.2)
+    p, want = tilted(1.5, 4, **small), reconstruct(tilted(0.0, 4, photons=None, **small), 35.2)
+    f = find_center(p)
+    assert "tilted" in flags(f)[0]
+    up = correct_tilt(p, f)
+    off = lambda image: float(np.sqrt(((image - want)**2)[4:-4, 8:-8, 8:-8].mean()))
+    rows = reconstruct(p, float(f.center) + xr.DataArray(np.tan(np.deg2rad(float(f.tilt)))*(np.arange(48) - 23.5), dims="z"))
+    assert off(reconstruct(up, up.center)) < 0.85*min(off(reconstruct(p, float(f.center))), off(rows))
+    assert off(reconstruct(up, up.center)) < 1.1*off(reconstruct(tilted(0.0, 4, **small), 35.2))
+    assert up.dims == p.dims and up.tilt_deg == float(f.tilt) and history(up)[-1]["function"] == "cleaning.scan_geometry.correct_tilt"
+
+
+def test_no_tilt_no_change_and_the_stated_harm():
+    changed = 0
+    for seed in (5,):
+        p = tilted(0.0, seed)
+        f = find_center(p)
+        same = correct_tilt(p, f)
+        changed += same.tilt_deg != 0
+        assert abs(float(f.tilt)) < 3*float(f.tilt_sigma) and rms(same - p) <= same.tilt_harm
+    assert not changed
+    clean, want = tilted(1.0, 8, photons=None), tilted(0.0, 8, photons=None)
+    up = correct_tilt(clean, find_center(clean))
+    off = (up - want).isel(z=slice(3, -3), x=slice(3, -3)) # what turned in from beside the detector is not known
+    assert 0.2*up.tilt_harm < rms(off) < up.tilt_harm < 0.2*rms((clean - want).isel(z=slice(3, -3), x=slice(3, -3))) + 0.005
+
+
+def test_tilt_with_dask_rows_called_y_and_errors():
+    p = tilted(0.8, 9, n=72, rows=48, center=35.2).astype(np.float32)
+    f = find_center(p.chunk(angle=30))
+    assert abs(float(f.tilt) - float(find_center(p).tilt)) < 1e-6
+    lazy = correct_tilt(p.chunk(angle=30), f)
+    assert lazy.chunks is not None
+    np.testing.assert_allclose(lazy.values, correct_tilt(p, f).values, atol=1e-6)
+    assert correct_tilt(p.rename(z="y"), f).dims == ("angle", "y", "x")
+    assert np.isnan(float(find_center(p.isel(z=slice(0, 3))).tilt))
+    with pytest.raises(BattError, match="NaN"): correct_tilt(p, find_center(p.isel(z=slice(0, 3))))
+    with pytest.raises(BattError, match="one scan"): correct_tilt(p.isel(z=0), f)
+    two = find_center(xr.concat([p, tilted(0.0, 9, n=72, rows=48, center=35.2).astype(np.float32)], "time"))
+    assert two.tilt.dims == ("time",) and abs(float(two.tilt[0]) - 0.8) < 0.15 and abs(float(two.tilt[1])) < 0.15

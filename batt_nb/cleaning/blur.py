@@ -95,6 +95,24 @@ def _wiener(v, psf, sigma):
     S = c*np.maximum(f, f[0, 1])**-p
     return np.fft.irfft2(H.conj()*Y/(np.abs(H)**2 + sigma**2/S), wide.shape)[seen] + v.mean(), p
 
+# %% ../../nbs/cleaning/40_blur.ipynb #443e9283
+def _wiener_error(v, psf, sigma):
+    "Root mean square error that the filter expects of its own answer."
+    wide, _ = _padded(v - v.mean(), psf)
+    H, Y = _transfer(psf, wide.shape), np.fft.rfft2(wide)
+    f = np.hypot(np.fft.fftfreq(wide.shape[0])[:, None], np.fft.rfftfreq(wide.shape[1]))
+    c, p = _power_law(np.abs(Y)**2/wide.size, np.abs(H)**2, f, sigma)
+    S = c*np.maximum(f, f[0, 1])**-p
+    twice = np.full(f.shape[1], 2.0); twice[[0, -1] if wide.shape[1] % 2 == 0 else [0]] = 1 # a half plane stands for the whole
+    return float(np.sqrt((S*sigma**2/(np.abs(H)**2*S + sigma**2)*twice).sum()/wide.size))
+
+def _harm(v, out, spread, sigma, width_sigma, width): # of the first frame
+    "Error to be expected: the filter's own, that of an estimated width, and the distance of another method from the filter."
+    try: best = _wiener(v, spread, sigma)[0]
+    except BattError: return np.nan # nothing stands above the noise: not known
+    wrong = [_wiener(v, point_spread(max(width + k*width_sigma, 0.1)), sigma)[0] - best for k in (-2, 2)] if width_sigma else [0*v]
+    return float(np.sqrt(_wiener_error(v, spread, sigma)**2 + max(np.mean(w**2) for w in wrong)) + np.sqrt(np.mean((out - best)**2)))
+
 # %% ../../nbs/cleaning/40_blur.ipynb #2db65763
 def _richardson_lucy(v, psf, noise, most=300):
     "Positive deconvolution that stops at the noise; -> image, number of steps."
@@ -120,12 +138,13 @@ def deblur(
     psf="estimate", # pixels: standard deviation of a Gaussian; an array (y, x); or estimate, from the sharpest edges
     method:str="wiener", # or richardson-lucy
     noise:float|None=None, # standard deviation in data units; measured where left out
-)->xr.DataArray: # same dimensions; attributes blur, deblur_strength
+)->xr.DataArray: # same dimensions; attributes blur, deblur_strength, deblur_harm
     "Images without the blur of a known or estimated point spread, as far as their noise allows."
     from batt_nb.cleaning.noise import Noise
     if method not in ("wiener", "richardson-lucy"): raise BattError(f"there is no method {method!r}", key="method", mend="wiener or richardson-lucy")
     if not {"y", "x"} <= set(da.dims): raise BattError(f"the data have {tuple(map(str, da.dims))}: no image", key=da.name, mend="rename the dimensions to y and x")
-    width = float(estimate_blur(da).blur) if isinstance(psf, str) and psf == "estimate" else float(psf) if np.ndim(psf) == 0 else np.nan
+    measured = estimate_blur(da) if isinstance(psf, str) and psf == "estimate" else None
+    width = float(measured.blur) if measured is not None else float(psf) if np.ndim(psf) == 0 else np.nan
     spread = point_spread(width if np.isfinite(width) else psf)
     order = [d for d in da.dims if d not in ("y", "x")] + ["y", "x"]
     first = da.isel({d: 0 for d in order[:-2]}).transpose("y", "x").values.astype(float)
@@ -136,8 +155,10 @@ def deblur(
         return (_wiener(v, spread, max(known.sigma, 1e-9)) if method == "wiener" else _richardson_lucy(v, spread, known))[0]
     work = da.chunk({"y": -1, "x": -1}) if da.chunks is not None else da
     out = xr.apply_ufunc(one, work.astype(float), input_core_dims=[["y", "x"]], output_core_dims=[["y", "x"]], vectorize=True, dask="parallelized", output_dtypes=[float]).transpose(*da.dims).rename(da.name).assign_attrs(da.attrs)
-    strength = _wiener(first, spread, max(known.sigma, 1e-9))[1] if method == "wiener" else _richardson_lucy(first, spread, known)[1]
-    out.attrs |= {"blur": width if np.isfinite(width) else "given as an array", "deblur_method": method, "deblur_strength": float(strength), "noise_sigma": known.sigma}
+    sigma = max(known.sigma, 1e-9)
+    one_frame, strength = _wiener(first, spread, sigma) if method == "wiener" else _richardson_lucy(first, spread, known)
+    out.attrs |= {"blur": width if np.isfinite(width) else "given as an array", "deblur_method": method, "deblur_strength": float(strength), "noise_sigma": known.sigma,
+                  "deblur_harm": _harm(first, one_frame, spread, sigma, float(measured.blur_sigma) if measured is not None else 0.0, width)}
     lost = 0 if da.chunks is not None else int(da.isnull().any(("y", "x")).sum())
     if lost: out = flag(out, f"{lost} frames have masked pixels: a filter would spread them over the frame, so these frames are masked whole")
     return out

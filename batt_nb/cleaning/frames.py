@@ -220,6 +220,71 @@ def _find_air(
         if keep >= 4 and np.abs(np.median(c[:, :keep])) < 0.1: air[side][:keep] = True
     return air
 
+# %% ../../nbs/cleaning/10_frames.ipynb #b475694c
+def _eigen_darks(
+    darks:np.ndarray, # (dark, rows, x) counts
+    most:int=2, # components at most
+)->tuple: # (K, rows, x), rms 1 less noise; weights (dark, K), counts; share of noise (K,)
+    "Ways in which the dark field moves."
+    n, shape = len(darks), darks.shape[1:]
+    if n < 6 or most == 0: return np.zeros((0, *shape), np.float32), np.zeros((n, 0)), np.zeros(0)
+    L = (darks - darks.mean(0)).reshape(n, -1)
+    values, vectors = np.linalg.eigh(L @ L.T/L.shape[1])
+    values, vectors = values[::-1], vectors[:, ::-1]
+    count = _count_real(L, values, min(most, n - 3))
+    noise = float(values[count:-1].mean())/values[:count]
+    e = [(vectors[:, k] @ L/np.sqrt(values[k])*(1 - noise[k])).reshape(shape).astype(np.float32) for k in range(count)]
+    return np.array(e, np.float32).reshape(count, *shape), vectors[:, :count]*np.sqrt(values[:count]), noise
+
+def _dark_plan(darks, most, flat, change, pixels=131072):
+    "Eigen darks, their range (both sides) or scatter (one side), the rows in which they are looked for, and their differences along these over the flat, 0 where these are mostly noise; () where there are none."
+    e, w, noise = _eigen_darks(darks, most)
+    if not len(e): return ()
+    rows = np.unique(np.linspace(0, flat.shape[0] - 1, max(2, min(flat.shape[0], pixels//flat.shape[1]))).astype(int))
+    steps = np.diff(e[:, rows], axis=2)
+    real = 1 - 2*noise*(1 - noise)**2/np.square(steps).mean((1, 2)) # share of the differences that is no readout noise
+    steps = steps*np.where(real > 0.2, real/(1 - noise), 0)[:, None, None]
+    return e, np.std(w, 0) if change is None else np.ptp(w, 0), rows, np.nan_to_num(steps/np.sqrt(flat[rows, 1:]*flat[rows, :-1])).astype(np.float32)
+
+# %% ../../nbs/cleaning/10_frames.ipynb #2446cfac
+def _fit_darks(
+    s:np.ndarray, # (rows, x) counts above the dark
+    plan, # with eigen darks
+)->tuple: # (K,) weights, (K, K) covariance
+    "Equation (2): robust least squares on differences along the rows, in units of the noise of counts; covariance by blocks."
+    _, _, rows, slopes = plan.eigen_darks
+    T, flat = s[rows]/plan.flat[rows], plan.flat[rows]
+    noise = np.sqrt(2*(plan.law[0] + plan.law[1]*np.maximum(s[rows], 0)))[:, 1:]/flat[:, 1:] + 1e-12
+    y, D = np.diff(T, axis=1)/noise, np.concatenate([slopes, np.diff(plan.eigen[:, rows], axis=2)*T[:, 1:]])/noise # eigen flats beside
+    known = np.isfinite(y) & np.isfinite(D).all(0)
+    y, D, k = np.where(known, y, 0), np.where(known, D, 0).reshape(len(D), -1).astype(float), len(slopes)
+    weight, w = known.ravel().astype(float), np.zeros(len(D))
+    for i in range(10):
+        A = (D*weight) @ D.T
+        w = np.linalg.pinv(A, rcond=1e-10, hermitian=True) @ ((D*weight) @ y.ravel())
+        r = y.ravel() - w @ D
+        scale = 1.4826*np.median(np.abs(r[known.ravel()])) + 1e-12 if known.any() else 1.0
+        u2 = np.square(r/(4.685*scale))
+        weight = np.where(known.ravel(), np.minimum(1, 1.345*scale/np.maximum(np.abs(r), 1e-12)) if i < 5 else np.maximum(1 - u2, 0)**2, 0)
+    score = _blocks((D*weight*r).reshape(len(D), *y.shape)).reshape(len(D), -1)
+    H = np.linalg.pinv((D*np.where(known.ravel() & (u2 < 1), (1 - u2)*(1 - 5*u2), 0)) @ D.T, rcond=1e-10, hermitian=True)
+    return w[:k], (H @ (score @ score.T) @ H)[:k, :k]
+
+def _without_drift(frame, late, plan):
+    "A projection without what its dark has moved beyond interpolation, how much that was and its sigma (counts), and the variance of a line integral from it."
+    if not plan.eigen_darks: return frame, 0.0, 0.0, 0.0
+    e, spread, rows, slopes = plan.eigen_darks
+    prior = np.square(spread*(np.sqrt(max(late*(1 - late), 0.0)) if plan.dark_change is not None else 1 + late)) + 1e-12
+    s = plan.signal(frame, late)
+    shift, cov = np.zeros(len(e)), np.diag(prior)
+    if slopes.any():
+        w, own = _fit_darks(s, plan)
+        gain = cov @ np.linalg.inv(cov + own) # of the fit over what the darks allow
+        shift, cov = gain @ w, cov - gain @ cov
+    part = e[:, rows]/np.maximum(s[rows], 0.02*plan.flat[rows])
+    error = float(np.nanmean((part*np.tensordot(cov, part, 1)).sum(0)))
+    return frame - np.tensordot(shift.astype(np.float32), e, 1), float(np.sqrt(np.square(shift).sum())), float(np.sqrt(max(np.trace(cov), 0.0))), max(error, 0.0)
+
 # %% ../../nbs/cleaning/10_frames.ipynb #8eb2236c
 @dataclass
 class _Plan:
@@ -236,18 +301,23 @@ class _Plan:
     zinger_sigma:float # 0: none sought
     fill:bool
     output:str
+    eigen_darks:tuple = () # of `_dark_plan`
 
     def logarithm(self, frame, late):
         "ln of the transmission, bad pixels NaN, and counts above the dark."
-        dark = self.dark if self.dark_change is None else self.dark + np.float32(late)*self.dark_change
-        s = frame.astype(np.float32) - dark
+        s = self.signal(frame, late)
         with np.errstate(divide="ignore", invalid="ignore"): log = np.log(s/self.flat) # flat is NaN where bad
         log[log == -np.inf] = np.nan
         return log, s
 
+    def signal(self, frame, late):
+        "Counts above the dark, as it is interpolated in time."
+        return frame.astype(np.float32) - (self.dark if self.dark_change is None else self.dark + np.float32(late)*self.dark_change)
+
 # %% ../../nbs/cleaning/10_frames.ipynb #027a393c
 def _correct(frame, late, plan):
-    "One projection: (corrected, level, sigma of the level, hits, masked, variance of what the correction does wrong)."
+    "One projection: (corrected, level, sigma of the level, hits, masked, variance of what the correction does wrong, shift of the dark and its sigma)."
+    frame, moved, doubt, error = _without_drift(frame, late, plan)
     log, s = plan.logarithm(frame, late)
     row, column, doubtful = _hits(s, plan.law, plan.zinger_sigma) if plan.zinger_sigma else (np.zeros(0, int),)*3
     good = ~plan.bad[row, column]
@@ -255,7 +325,6 @@ def _correct(frame, late, plan):
     raw = log[row, column]
     lost = int(np.isnan(log).sum() - plan.bad.sum()) # no light where there should be some
     log[row, column] = np.nan
-    error = 0.0
     if len(plan.eigen):
         w, covariance = _fit_slopes(_binned(log), plan.slopes)
         log -= np.tensordot(w.astype(np.float32), plan.eigen, 1)
@@ -273,12 +342,12 @@ def _correct(frame, late, plan):
         _filled(log, *fill)
         error += float(np.square(log[row, column] + level - raw)[doubtful > 0].sum())/log.size # a hit that may be none counts in full
         lost = int(np.isnan(log).sum())
-    return (-log if plan.output == "line_integral" else np.exp(log)), level, sigma, len(row), lost, error + sigma**2
+    return (-log if plan.output == "line_integral" else np.exp(log)), level, sigma, len(row), lost, error + sigma**2, moved, doubt
 
 def _correct_block(frames, late, *, plan):
     "A block (..., rows, x) of projections."
     lead = frames.shape[:-2]
-    out, numbers = np.empty(frames.shape, np.float32), np.empty((5, *lead))
+    out, numbers = np.empty(frames.shape, np.float32), np.empty((7, *lead))
     for i in np.ndindex(lead): out[i], *numbers[(slice(None), *i)] = _correct(frames[i], late[i], plan)
     return (out, *(n.astype(np.int64) if k in (2, 3) else n for k, n in enumerate(numbers)))
 
@@ -302,16 +371,33 @@ def _times(ds, frame_dims):
 
 # %% ../../nbs/cleaning/10_frames.ipynb #42fbd93c
 def _darks(ds, row, frames):
-    "Mean dark at the start, its change to the end or None, and how late between the two each frame is."
+    "Mean dark at the start, its change to the end or None, and how late between the two each frame is (without the change: how far from the darks)."
     darks = ds.darks.transpose("dark", row, "x").values.astype(np.float32)
     zero, seconds = xr.zeros_like(ds.projections.isel({row: 0, "x": 0}, drop=True), dtype=np.float32), _times(ds, frames)
-    if seconds is None or "dark_time" not in ds.coords: return darks, darks.mean(0), None, zero
+    if seconds is None or "dark_time" not in ds.coords: return darks, darks.mean(0), None, zero + 10
     t = ds.dark_time.values.astype(float)
     before, after = t <= float(seconds.min()), t >= float(seconds.max())
-    if before.sum() < 2 or after.sum() < 2: return darks, darks.mean(0), None, zero
+    if before.sum() < 2 or after.sum() < 2: # how far away in units of the time that the darks took
+        return darks, darks.mean(0), None, zero + (np.abs(seconds - t.mean())/max(np.ptp(t), 1e-9)).astype(np.float32)
     first, last = darks[before].mean(0), darks[after].mean(0)
     late = ((seconds - t[before].mean())/(t[after].mean() - t[before].mean())).astype(np.float32)
     return darks, first, last - first, zero + late
+
+def _steady(ds, darks):
+    "Darks of both sides of the scan without what lies between these: their noise."
+    late = ds.dark_time.values > ds.dark_time.values.mean()
+    out = darks.copy()
+    for side in (late, ~late): out[side] -= darks[side].mean(0)
+    return out
+
+def _flat_darks(ds, dark, change, frames):
+    "The dark of each flat: that of its own side of the scan where its time is known, in between in proportion; else that of the middle."
+    if change is None: return dark
+    if "flat_time" not in ds.coords: return dark + change/2
+    seconds = _times(ds, frames)
+    start, end = float(seconds.min()), float(seconds.max())
+    late = np.clip((ds.flat_time.values.astype(float) - start)/max(end - start, 1e-9), 0, 1)
+    return dark + late.astype(np.float32)[:, None, None]*change
 
 def _air_mask(air, plan, sample, late):
     "Which columns are air, and a remark where none was found."
@@ -329,19 +415,18 @@ def _air_mask(air, plan, sample, late):
     return np.flatnonzero(columns), "" if columns.any() else "no air was found beside the sample: the intensity of the frames was not normalized"
 
 # %% ../../nbs/cleaning/10_frames.ipynb #312e5ef9
-def _make_plan(ds, method, eigen, air, zinger_sigma, fill, output):
+def _make_plan(ds, method, eigen, eigen_darks, air, zinger_sigma, fill, output):
     "All that is common to the frames."
     row, frames = _layout(ds)
     darks, dark, change, late = _darks(ds, row, frames)
-    middle = dark if change is None else dark + change/2
-    flats = ds.flats.transpose("flat", row, "x").values.astype(np.float32) - middle
-    law = _noise_law(flats, darks)
+    flats = ds.flats.transpose("flat", row, "x").values.astype(np.float32) - _flat_darks(ds, dark, change, frames)
+    law = _noise_law(flats, darks if change is None else _steady(ds, darks))
     flats = _without_hits(flats, law)
     bad = _bad_pixels(flats, law)
     if bad.mean() > 0.5: raise BattError(f"{bad.mean():.0%} of the flats' pixels are without signal", key="flats", mend="check that flats and darks are not exchanged")
     v, left = _eigen_flats(flats, bad, eigen if method in ("auto", "dynamic") else 0)
     flat = np.where(bad, np.nan, np.maximum(flats.mean(0), 1e-3)).astype(np.float32)
-    plan = _Plan(dark, change, flat, bad, law, v, left, _slopes(_binned(v)), np.zeros(0, int), zinger_sigma, fill, output)
+    plan = _Plan(dark, change, flat, bad, law, v, left, _slopes(_binned(v)), np.zeros(0, int), zinger_sigma, fill, output, _dark_plan(darks, eigen_darks, flat, change))
     some, when, pick = ds.projections.transpose(*frames, row, "x"), late.transpose(*frames), {}
     for d in frames: pick[d] = np.unique(np.linspace(0, some.sizes[d] - 1, 8 if d == frames[-1] else 2).astype(int))
     if isinstance(air, str):
@@ -358,34 +443,36 @@ def correct_frames(
     output:str="line_integral", # or transmission
     method:str="auto", # mean: one flat field; dynamic: eigen flats; auto: dynamic where the flats move
     eigen:int=5, # eigen flats at most
+    eigen_darks:int=2, # eigen darks at most; 0: darks are interpolated in time and no more
     air="auto", # auto, None (do not normalize), a number of columns at either side, or booleans (x,)
     zinger_sigma:float=8.0, # how far above its neighbors a hit is; 0: none sought
     fill:bool=True, # fill bad pixels and hits from their neighbors; False leaves NaN
-)->xr.DataArray: # of the projections' dimensions, float32, with coordinates beam_intensity, beam_intensity_sigma, zingers, masked, harm of each frame
+)->xr.DataArray: # of the projections' dimensions, float32, with coordinates beam_intensity, beam_intensity_sigma, dark_shift, dark_shift_sigma, zingers, masked, harm of each frame
     "Line integrals or transmissions from counts; values that cannot be are NaN, and counted in `masked`."
     if output not in ("line_integral", "transmission"): raise BattError(f"there is no output {output!r}", key="output", mend="line_integral or transmission")
     if method not in ("auto", "mean", "dynamic"): raise BattError(f"there is no method {method!r}", key="method", mend="auto, mean or dynamic")
     if isinstance(air, str) and air != "auto": raise BattError(f"air={air!r}", key="air", mend="auto, None, a number of columns, or booleans along x")
-    plan, late, row, frames, remark = _make_plan(ds, method, eigen, air, zinger_sigma, fill, output)
+    plan, late, row, frames, remark = _make_plan(ds, method, eigen, eigen_darks, air, zinger_sigma, fill, output)
     p = ds.projections
     if p.chunks is not None: p, late = p.chunk({row: -1, "x": -1}), late.chunk({d: p.chunksizes[d] for d in frames})
-    out, level, sigma, hits, lost, error = xr.apply_ufunc(
-        _correct_block, p, late, kwargs={"plan": plan}, input_core_dims=[[row, "x"], []], output_core_dims=[[row, "x"]] + 5*[[]],
-        dask="parallelized", output_dtypes=[np.float32, float, float, np.int64, np.int64, float])
-    return _described(out.transpose(*p.dims), ds, plan, output, remark, level, sigma, hits, lost, error)
+    out, level, sigma, hits, lost, error, moved, doubt = xr.apply_ufunc(
+        _correct_block, p, late, kwargs={"plan": plan}, input_core_dims=[[row, "x"], []], output_core_dims=[[row, "x"]] + 7*[[]],
+        dask="parallelized", output_dtypes=[np.float32, float, float, np.int64, np.int64, float, float, float])
+    return _described(out.transpose(*p.dims), ds, plan, output, remark, level, sigma, hits, lost, error, moved, doubt)
 
 # %% ../../nbs/cleaning/10_frames.ipynb #ab2bdbf2
-def _described(out, ds, plan, output, remark, level, sigma, hits, lost, error):
+def _described(out, ds, plan, output, remark, level, sigma, hits, lost, error, moved, doubt):
     "Names, units, and what was done to each frame."
     named = {"line_integral": "Line integral of the attenuation", "transmission": "Transmission"}[output]
     notes = {"beam_intensity": (np.exp(level), "Intensity of the beam, of that in the flat fields"),
              "beam_intensity_sigma": (np.exp(level)*sigma, "Its standard uncertainty"),
              "zingers": (hits, "Pixels hit by scattered X-rays"), "masked": (lost, "Pixels without a possible value"),
+             "dark_shift": (moved, "Shift of the dark beyond interpolation in time, rms"), "dark_shift_sigma": (doubt, "Standard uncertainty of the dark's shift, rms"),
              "harm": (2*np.sqrt(error), "Error of the correction, rms at two sigma, of the line integral")}
     for name, (da, words) in notes.items():
-        out.coords[name] = da.drop_vars([c for c in da.coords if c not in da.dims]).assign_attrs(units="1", long_name=words)
+        out.coords[name] = da.drop_vars([c for c in da.coords if c not in da.dims]).assign_attrs(units="counts" if name.startswith("dark") else "1", long_name=words)
     keep = {k: v for k, v in ds.attrs.items() if k != "history"}
-    out.attrs = keep | {"units": "1", "long_name": named, "eigen_flats": len(plan.eigen), "bad_pixels": int(plan.bad.sum()),
+    out.attrs = keep | {"units": "1", "long_name": named, "eigen_flats": len(plan.eigen), "eigen_darks": len(plan.eigen_darks[0]) if plan.eigen_darks else 0, "bad_pixels": int(plan.bad.sum()),
                         "air_columns": len(plan.air), "counts_a_photon": float(plan.law[1]), "read_noise_counts": float(np.sqrt(plan.law[0]))}
     return flag(out.rename(output), remark) if remark else out.rename(output)
 

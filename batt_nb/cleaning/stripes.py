@@ -618,7 +618,8 @@ def remove_stripes(
         def each(stack):
             return np.stack([METHODS[method](f, **options) for f in stack.reshape(-1, *stack.shape[-2:])]).reshape(stack.shape).astype(stack.dtype)
         out = _apply(each, s, ["angle", "x"], [["angle", "x"]], [s.dtype])
-        report = {} if s.chunks is not None else {"stripe_rms": float(np.sqrt(np.mean(np.square((out - s).values, dtype=float))))}
+        taken = np.nan if s.chunks is not None else float(np.sqrt(np.mean(np.square((out - s).values, dtype=float))))
+        report = {} if s.chunks is not None else {"stripe_rms": taken, "stripe_harm": taken} # it cannot tell: all of it may be wrong
     return out.transpose(*sinogram.dims).rename(sinogram.name).assign_attrs(sinogram.attrs | {"stripe_method": method} | report)
 
 # %% ../../nbs/cleaning/20_stripes.ipynb #b3b0a5ce
