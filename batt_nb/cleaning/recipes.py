@@ -8,8 +8,8 @@ __all__ = ['CHAINS', 'ASKED', 'HOMES', 'EXTRA', 'PARTS', 'MAINS', 'SHOWN', 'chai
            'align_energy_', 'calibrate_energy_', 'denoise_', 'normalize_xas_', 'edge_measure_', 'fit_references_',
            'mask_peaks_', 'fit_peaks_', 'strongest_lines', 'baseline_', 'transform_', 'phase_', 'integrals_',
            'line_ranges', 'correct_baseline_', 'correct_intensity_', 'remove_rings_', 'register_', 'apply_shift_',
-           'correct_frames_', 'remove_stripes_', 'find_center_', 'reconstruct_', 'segment_', 'microstructure_', 'clean',
-           'cleaning_code', 'clean_technique']
+           'correct_frames_', 'remove_stripes_', 'find_center_', 'correct_tilt_', 'reconstruct_', 'segment_',
+           'microstructure_', 'clean', 'cleaning_code', 'clean_technique']
 
 # %% ../../nbs/cleaning/95_recipes.ipynb #3efd32fe
 import difflib
@@ -35,7 +35,7 @@ CHAINS = {
     "nmr": ("select", "transform", "phase", "integrals", "correct_baseline", "denoise"),
     "profiles": ("select", "denoise"),
     "images": ("select", "correct_intensity", "remove_rings", "register", "denoise", "apply_shift", "segment", "microstructure"),
-    "projections": ("select", "correct_frames", "remove_stripes", "find_center", "reconstruct", "denoise", "segment", "microstructure"),
+    "projections": ("select", "correct_frames", "remove_stripes", "find_center", "correct_tilt", "reconstruct", "denoise", "segment", "microstructure"),
 }
 ASKED = ("mask_peaks", "fit_references", "segment") # run only when the recipe names them
 HOMES = {"transform": "nmr_processing", "phase": "nmr_processing", "integrals": "nmr_processing", "correct_baseline": "nmr_processing", "calibrate_energy": "xas_energy"}
@@ -217,7 +217,7 @@ def denoise_(w, **options):
     if missing: out = out.where(known).assign_attrs(a)
     w.keep(out)
     errors = json.loads(a["candidates"])
-    told = f"noise {a['noise_sigma']:.3g}{unit}; estimated error of the result {100*np.sqrt(max(errors.get(a['denoise_method'], 1.0), 0)/errors.get('none', 1.0)):.0f} % of the noise"
+    told = f"noise {a['noise_sigma']:.3g}{unit}; estimated error of the result " + (f"{100*np.sqrt(max(errors[a['denoise_method']], 0)/errors.get('none', 1.0)):.0f} % of the noise" if a["denoise_method"] in errors else "not known")
     if a["denoise_method"] == "none": return f"every method would add more error than it takes off ({told}): nothing was done"
     return f"{a['denoise_method']} was {'asked for' if 'method' in options else 'chosen by its own error'} ({told})"
 
@@ -228,8 +228,7 @@ def normalize_xas_(w, **options):
     if "mu" not in w.ds: raise Skip("the files hold normalized spectra")
     out = normalize_xas(w.da, **options)
     w.add(out, {n: n for n in out.data_vars})
-    same = options | {"e0": out["e0"].where(np.isfinite(out["e0"]), float(out["e0"].median()))}
-    w.plain["norm"] = normalize_xas(w.plain["mu"], **same)["norm"]
+    w.plain["norm"] = out["norm"] + (w.plain["mu"] - w.ds["mu"])/out["edge_step"] # by the same lines and the same step: else their noise would stand in the residual
     w.main, lost = "norm", int((out["status"] != 0).sum())
     return (f"edge step {float(out['edge_step'].median()):.3g} at e0 = {float(out['e0'].median()):.2f} eV (median)" +
             (f"; {plural(lost, 'spectrum')} of {out['status'].size} without a significant edge masked" if lost else f"; all {out['status'].size} spectra have an edge"))
@@ -459,8 +458,20 @@ def find_center_(w, **options):
     out = find_center(w.da, **options)
     w.ds = flag(w.ds.assign(center=out["center"], center_sigma=out["center_sigma"], motion_x=out["motion_x"]), *json.loads(out.attrs.get("flags", "[]")))
     if not np.isfinite(out["center"]).all(): raise BattError(f"the axis of rotation was not found: {out.attrs.get('reason', '')}", key="find_center", mend="give the detector column in the recipe: reconstruct = { center = .. }")
-    w.held["center"] = out["center"]
+    w.held |= {"center": out["center"], "found": out}
     return f"column {float(out['center'].mean()):.2f} ± {float(out['center_sigma'].mean()):.2f}; motion sideways that all rows share {float(out['motion_x'].mean()):.2f} px (rms)"
+
+@part
+def correct_tilt_(w, **options):
+    from batt_nb.cleaning import correct_tilt
+    found = w.held.get("found")
+    if found is None or found["center"].ndim or not np.isfinite(found.get("tilt", np.nan)): raise Skip("no tilt of the axis was measured (it needs the center of five rows that lie apart)")
+    out = correct_tilt(w.da, found, **options)
+    if not out.attrs["tilt_deg"]: raise Skip(f"the axis stands upright within {out.attrs['tilt_sigma_deg']:.2g} deg")
+    w.keep(out)
+    w.plain["line_integral"] = correct_tilt(w.plain["line_integral"].assign_attrs(w.da.attrs), found, **options)
+    w.held["center"] = out.attrs["center"]
+    return f"the axis leans by {out.attrs['tilt_deg']:+.3f} ± {out.attrs['tilt_sigma_deg']:.3f} deg on the detector: undone in one interpolation, harm to be expected {out.attrs['tilt_harm']:.2g}"
 
 @part
 def reconstruct_(w, **options):
