@@ -113,7 +113,7 @@ def shown_titles(c:Cleaned)->list[str]:
         words = [f"Before: {'frame' if c.outer == 'time' else c.outer} {int(k) + 1}"]
         if timed and np.isfinite(f["hours"][int(k)]): words.append(f"{float(f['hours'][int(k)]):.2f} h")
         if timed and "voltage" in c.look.ds and np.isfinite(c.look.ds["voltage"][int(k)]): words.append(f"{float(c.look.ds['voltage'][int(k)]):.3f} V")
-        out.append(plot_text("   ".join(words)))
+        out.append(plot_text(" · ".join(words)))
     return out
 
 # %% ../nbs/62_report_cleaning.ipynb #5825c2d8
