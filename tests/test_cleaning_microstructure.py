@@ -158,3 +158,38 @@ def test_errors():
                         (lambda: microstructure(v.assign_coords(z=v.z*2)), "cubic"), (lambda: microstructure(v.astype(int) - 1), "no label"), (lambda: microstructure(v.expand_dims(time=2)), "select a time"),
                         (lambda: microstructure(v[0], transport=0), "direction")):
         with pytest.raises(BattError, match=words): call()
+
+
+def foam(seed, sharp, shape=(14, 40, 40)):
+    "Labels of two phases, and probabilities of a border that is drawn elsewhere than it is: by a shift of level and a field of its own."
+    r = np.random.default_rng([41, seed])
+    field = ndimage.gaussian_filter(r.normal(size=shape), 2.0, mode="wrap"); field /= field.std()
+    wrong = ndimage.gaussian_filter(r.normal(size=shape), 1.5, mode="wrap")
+    seen = field + 0.12*wrong/wrong.std() + 0.05*r.normal()
+    p1 = 1/(1 + np.exp(np.clip(-sharp*(seen - .3), -50, 50)))
+    return (field > .3).astype("u1"), xr.Dataset({"probability": volume(p1).expand_dims({"class": ["pore", "solid"]}).copy(data=np.stack([1 - p1, p1]))})
+
+
+def test_interval_of_a_tortuosity_covers_also_where_odds_are_too_sharp():
+    hits, before, widths = [], [], []
+    for seed in range(12):
+        labels, ds = foam(seed, 300.0) # nearly 0 or 1 everywhere, as after a temperature that strokes did not limit
+        ds.attrs["held_out_temperature"] = .2
+        exact = float(microstructure(volume(labels), transport=0).tortuosity[0])
+        found = microstructure(ds, transport="pore", draws=10, seed=seed)
+        lo, v, hi = (float(found["tortuosity" + e][0]) for e in ("_lower", "", "_upper"))
+        tau = np.array([(w == 0).mean()/effective_transport(w == 0, tolerance=1e-4)[0] for w in draw_volumes(ds.probability.values, 10, seed)])
+        hits.append(lo < exact < hi); widths.append((hi - lo)/v)
+        before.append(abs(np.median(tau) - exact) < 1.645*tau.std(ddof=1)*np.sqrt(1.1))
+        assert v == pytest.approx(float(microstructure(volume(ds.probability.values.argmax(0).astype("u1")), transport=0).tortuosity[0]), rel=1e-3)
+    assert np.mean(hits) >= .75 > np.mean(before) and np.median(widths) < .3
+
+
+def test_odds_that_are_not_known_widen_the_interval():
+    labels, ds = foam(3, 60.0)
+    width = lambda d: float((d.tortuosity_upper - d.tortuosity_lower)[0])
+    known = microstructure(ds.assign_attrs(held_out_temperature=.6), transport="pore", draws=8)
+    unknown = microstructure(ds.assign_attrs(held_out_temperature=.2), transport="pore", draws=8)
+    assert known.attrs["odds_unknown"] == 0 and unknown.attrs["odds_unknown"] == 1 and width(unknown) > 1.2*width(known)
+    xr.testing.assert_allclose(known.volume_fraction_upper, unknown.volume_fraction_upper) # of the probabilities, not of voxels
+    assert np.isnan(microstructure(volume(labels), transport=0).tortuosity_upper).all()

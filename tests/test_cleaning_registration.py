@@ -184,6 +184,53 @@ def test_a_moving_front_is_not_a_drift():
         assert found.attrs["failed"] == 0 and float(np.abs(found["shift"]).max()) < 0.5
 
 
+def fronted(seed, moves, n=128, noise=0.04):
+    """One ball, drawn twice as fine, with a step of contrast inside that moves by `moves` (px) or turns its sign (None), while the ball itself moves by d."""
+    r, side = np.random.default_rng([36, seed]), np.arange(2*n) - n
+    d, angle, radius, at = r.uniform(-4, 4, 2), r.uniform(0, 2*np.pi), r.uniform(.55, .7)*n, r.uniform(-.2, .2)*n
+    out = []
+    for k in (0, 1):
+        y, x = side[:, None] - 2*k*d[0], side[None] - 2*k*d[1]
+        ball = np.sqrt(np.clip(1 - (y**2 + x**2)/radius**2, 0, None))
+        along = np.cos(angle)*y + np.sin(angle)*x + 0.1*radius*np.sin(4*(np.cos(angle)*x - np.sin(angle)*y)/radius)
+        step = np.tanh((along - at - 2*k*(moves or 0))/1.5)*(-1 if k and moves is None else 1)
+        out.append(gaussian_filter(ball*(1 + 0.5*step), 1.5).reshape(n, 2, n, 2).mean((1, 3)))
+    out = np.stack(out)
+    out += noise*out[0].std()*r.normal(size=out.shape)
+    return xr.DataArray(out, {"frame": [0, 1], "y": 0.1*np.arange(n), "x": 0.1*np.arange(n)}, ("frame", "y", "x"), "optical_depth"), d
+
+
+def silent(cases):
+    """Frames that are off by more than three sigma + 0.05 px without saying so, frames not registered, and all errors."""
+    off, lost, errors = 0, 0, []
+    for stack, d in cases:
+        found = register(stack).isel(frame=1)
+        error, sigma = np.abs(found["shift"].values - d), found.shift_sigma.values
+        lost += not bool(found.converged)
+        off += bool((error > 3*sigma + .05).any())
+        errors.append(error.max())
+    return off, lost, np.array(errors)
+
+
+def test_a_front_in_the_one_particle_is_not_followed():
+    off, lost, errors = silent(fronted(seed, (2.0, -3.0, 6.0, None)[seed % 4]) for seed in range(6))
+    assert off == 0 and lost <= 1 and np.nanmax(errors) < 0.2 # the sum over the picture followed 5 of the 6 by 1.5 to 5.5 px
+
+
+@pytest.mark.slow
+def test_few_fronts_are_followed_unsaid():
+    off, lost, _ = silent(fronted(seed, (2.0, -3.0, 6.0, -10.0, None)[seed % 5], noise=(0.02, 0.1)[seed % 2]) for seed in range(1000, 1060)) # a front that moves by 1 px alone is not told from its outline, see the notebook's limits
+    assert off <= 3 and lost < 16 # 2 and 11 of 60 when this was written
+
+
+def test_two_answers_that_are_as_good_are_none():
+    """Half of the picture moves one way, half the other: which of them is the sample cannot be known."""
+    image, frames = gaussian_filter(np.random.default_rng(1).normal(size=(160, 160)), 2.5), []
+    for a, b in ((0, 0), (4, -4)): frames.append(np.hstack([np.roll(image, a, 0)[16:-16, :64], np.roll(image, b, 0)[16:-16, 64:128]]))
+    stack = xr.DataArray(np.stack(frames), {"frame": [0, 1], "y": np.arange(128.0), "x": np.arange(128.0)}, ("frame", "y", "x"))
+    assert register(stack).converged.values.tolist() == [True, False]
+
+
 def test_missing_pixels_cost_their_area(moved):
     stack, true = moved
     holed = stack.copy(deep=True)
