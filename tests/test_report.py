@@ -38,7 +38,7 @@ def template(path, *cells, parameters='folder = "."\nraw_root = None\ntechnique 
 def test_every_fitting_page_is_made(reported):
     _, index = reported
     made = {p["page"]: p["status"] for p in pages(index)}
-    assert made == {"overview": "made", "first_look_echem": "made", "first_look_xas": "made"}, pages(index)
+    assert made == {"overview": "made", "first_look_echem": "made", "first_look_xas": "made", "cleaning_xas": "made"}, pages(index)
     text = index.read_text(encoding="utf-8")
     for name in made: assert f'{name}.html' in text and (index.parent/f"{name}.html").exists()
     assert "data:image/png;base64," in text and "spectra" in text
@@ -111,12 +111,12 @@ def test_a_report_killed_half_way_leaves_whole_pages_and_the_next_run_resumes(tm
     while not list((folder/"reports").glob("*.json")) and time.monotonic() < deadline: time.sleep(0.2)
     p.send_signal(signal.SIGKILL); p.wait()
     done = {f.stem: f.stat().st_mtime_ns for f in (folder/"reports").glob("*.html")}
-    assert 1 <= len(done) < 4 and not list((folder/"reports").glob("*.part"))
+    assert 1 <= len(done) < 5 and not list((folder/"reports").glob("*.part"))
     for name in done: assert (folder/"reports"/f"{name}.html").read_text(encoding="utf-8").rstrip().endswith("</html>")
     campaign = Campaign.open(folder)
     assert campaign["xas"].sizes["time"] == 6
     index = report(campaign.ingest(progress=False))
-    assert all(p["status"] == "made" for p in pages(index)) and len(pages(index)) == 3
+    assert all(p["status"] == "made" for p in pages(index)) and len(pages(index)) == 4
     first = next(iter(p["page"] for p in pages(index) if p["page"] in done))
     assert (folder/"reports"/f"{first}.html").stat().st_mtime_ns == done[first]
 

@@ -46,7 +46,7 @@ def test_files_match_their_checksums_and_are_small(sample):
 @BY_NAME
 def test_manifest_names_every_raw_file(sample):
     manifest = load_manifest(sample)
-    patterns = [f for t in manifest.techniques.values() for f in (*t.files, *([t.clock.table] if t.clock.table else []))]
+    patterns = [f for t in manifest.techniques.values() for f in (*t.files, *([t.clock.table] if t.clock.table else []), *([t.recipe["segment"]["labels"]] if "segment" in t.recipe else []))]
     found = [p for s in resolve(patterns, sample) for p in (s.path.rglob("*") if s.path.is_dir() else [s.path])]
     assert {p.resolve() for p in found if p.is_file()} == {p.resolve() for p in (sample/"raw").rglob("*") if p.is_file()}
 

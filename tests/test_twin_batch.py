@@ -122,7 +122,7 @@ def test_checksums_hold(any_twin):
 def test_manifest_names_every_raw_file_and_no_secret(any_twin):
     folder, name = any_twin.folder, {"LFP": "LFP", "clean": "LFP", "NMC811": "NMC811", "graphite": "graphite"}[any_twin.folder.name]
     manifest = load_manifest(folder)
-    patterns = [f for t in manifest.techniques.values() for f in (*t.files, *([t.clock.table] if t.clock.table else []))]
+    patterns = [f for t in manifest.techniques.values() for f in (*t.files, *([t.clock.table] if t.clock.table else []), *([t.recipe["segment"]["labels"]] if "segment" in t.recipe else []))]
     found = [p for s in resolve(patterns, folder) for p in (s.path.rglob("*") if s.path.is_dir() else [s.path])]
     assert {p.resolve() for p in found if p.is_file()} == {p.resolve() for p in (folder/"raw").rglob("*") if p.is_file()}
     assert set(manifest.cells) == set({"NMC811": "ABE", "graphite": "ACE"}.get(name, "ABCDE"))

@@ -94,6 +94,12 @@ class Technique(_Strict):
     recipe: dict[str, Any] = {} # parameters of later stages
     notes: str = ""
 
+    def recipe_files(self)->list[str]:
+        "The patterns of the files that the recipe names: strokes, models, reference spectra."
+        named = [v for part in self.recipe.values() if isinstance(part, dict) for k, v in part.items() if k in ("labels", "model")]
+        named += [v for part in self.recipe.values() if isinstance(part, dict) and isinstance(part.get("references"), dict) for v in part["references"].values()]
+        return [v for v in named if isinstance(v, str)]
+
 # %% ../../nbs/campaign/10_manifest.ipynb #009f0107
 SCALES = {"echem": "cell", "xas": "atomic", "xrd": "atomic", "nmr": "atomic", "xct": "electrode"}
 

@@ -203,7 +203,7 @@ def companions(
 def _named_files(campaign, name):
     "The files, folders and archives that a technique's part of the manifest names."
     t = campaign.techniques[name]
-    patterns = [*t.files, *([t.clock.table] if t.clock.table else []), *(str(t.hints[k]) for k in ("poni", "mask") if k in t.hints)]
+    patterns = [*t.files, *([t.clock.table] if t.clock.table else []), *(str(t.hints[k]) for k in ("poni", "mask") if k in t.hints), *t.recipe_files()]
     return [s.path for s in resolve([p.partition("::")[0] for p in patterns], campaign.raw_root, [campaign.folder])]
 
 # %% ../../nbs/campaign/86_releasing.ipynb #3099c9a8
@@ -236,7 +236,7 @@ def catches(
         return bool(q) and fnmatch(q[0], p[0]) and match(p[1:], q[1:])
     return match(PurePosixPath(pattern.partition("::")[0]).parts, PurePosixPath(path).parts)
 
-def _patterns(campaign): return [p for t in campaign.techniques.values() for p in (*t.files, t.clock.table) if p]
+def _patterns(campaign): return [p for t in campaign.techniques.values() for p in (*t.files, t.clock.table, *t.recipe_files()) if p]
 
 @dataclass
 class Plan:

@@ -642,8 +642,7 @@ def clean_technique(
     if t is None: raise BattError(f"the campaign has no technique {technique!r}", file=Path(campaign.folder)/"campaign.toml", mend=f"it has {', '.join(campaign.techniques)}")
     if t.kind == "echem": raise BattError("a cycler's record is not cleaned: what is odd in it is flagged when it is read", key=technique, mend="clean the techniques measured beside it")
     files = lambda pattern: [s.path for s in resolve([pattern], campaign.raw_root, [campaign.folder])]
-    named = [str(p) for p in _named(t.recipe)]
-    marks = [[str(p), p.stat().st_mtime_ns, p.stat().st_size] for n in named for p in files(n)]
+    marks = [[str(p), p.stat().st_mtime_ns, p.stat().st_size] for n in t.recipe_files() for p in files(n)]
     digest = hashlib.blake2b(json.dumps([campaign.stage_hash(technique), t.recipe, marks, cleaning_code()], sort_keys=True, default=str).encode(), digest_size=6).hexdigest()
     path = campaign.store.path(technique, "clean", digest)
     if force or not path.exists():
@@ -651,10 +650,3 @@ def clean_technique(
         out = clean(campaign[f"{technique}/raw"], recipe=t.recipe, files=files, where=f"techniques.{technique}.recipe", progress=progress)
         campaign.save(f"{technique}/clean", out, digest=digest)
     return campaign[f"{technique}/clean"]
-
-def _named(value): # every text in a recipe that names files
-    "The patterns of files that a recipe names."
-    keys = ("labels", "model")
-    if not isinstance(value, dict): return []
-    here = [v for k, v in value.items() if k in keys and isinstance(v, str)] + [p for k, v in value.items() if k == "references" and isinstance(v, dict) for p in v.values() if isinstance(p, str)]
-    return here + [p for v in value.values() for p in _named(v)]

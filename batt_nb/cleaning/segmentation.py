@@ -255,10 +255,12 @@ def warm(p, temperature, axis=-1): # probabilities
 def find_temperature(
     p:np.ndarray, # [pixel, class] probabilities
     y:np.ndarray, # [pixel] class
+    votes:int|None=None, # how many of them are independent: strokes; all where None
 )->float: # 1: as they are; above: less sure
-    "The temperature with the highest likelihood, between 1/5 and 5."
+    "The most probable temperature, between 1/5 and 5; before any vote it is 1, give or take a factor of e."
     from scipy.optimize import minimize_scalar
-    cost = lambda t: -np.log(warm(p, np.exp(t))[np.arange(len(y)), y]).mean()
+    n = len(y) if votes is None else votes
+    cost = lambda t: -n*np.log(warm(p, np.exp(t))[np.arange(len(y)), y]).mean() + t**2/2
     return float(np.exp(minimize_scalar(cost, bounds=(-np.log(5), np.log(5)), method="bounded").x))
 
 def reliability(
@@ -282,7 +284,7 @@ def crossed(p, y, strokes): # [pixel, class], [pixel], [pixel]
     out, kinds = p.copy(), np.unique(strokes)
     odd = np.isin(strokes, kinds[1::2])
     for mine in (odd, ~odd):
-        if mine.any() and (~mine).any(): out[mine] = warm(p[mine], find_temperature(p[~mine], y[~mine]))
+        if mine.any() and (~mine).any(): out[mine] = warm(p[mine], find_temperature(p[~mine], y[~mine], len(np.unique(strokes[~mine]))))
     return out
 
 # %% ../../nbs/cleaning/90_segmentation.ipynb #c5351681
@@ -450,7 +452,7 @@ def _calibrate(self, volumes, marks, away, strokes, filters): # filters of all l
     p = sum(votes)/len(votes) if votes else np.zeros((0, len(self.classes)))
     y, ids = marks[known].astype(int), away[known]
     enough = len(np.unique(ids)) >= 4
-    self.temperature_ = find_temperature(p, y) if enough else 1.0
+    self.temperature_ = find_temperature(p, y, len(np.unique(ids))) if enough else 1.0
     self.report_ = reliability(crossed(p, y, ids) if enough else p, y)
     right = p.argmax(1) == y
     each = np.array([right[y == k].mean() if (y == k).any() else np.nan for k in range(len(self.classes))])
