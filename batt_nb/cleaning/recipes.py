@@ -569,7 +569,8 @@ def clean(
     w = Work(ds, ds[[main]], main, files, {"chain": chain})
     if asked.get("reconstruct") and "center" in asked["reconstruct"]: w.held["center"] = asked["reconstruct"]["center"]
     if "select" in asked: _run(w, "select", asked, where)
-    w.ds, w.plain = _in_memory(w.ds), w.plain.load().copy()
+    w.ds = _in_memory(w.ds)
+    w.plain = w.ds[[main]].copy()
     for name in (bar := tqdm(CHAINS[chain][1:], desc="cleaning", unit="part", disable=not progress, leave=False)):
         bar.set_postfix_str(name)
         _run(w, name, asked, where)
@@ -580,7 +581,7 @@ def _in_memory(ds, copies=8): # of the data, that cleaning keeps at a time
     import psutil
     need, room = copies*ds.nbytes, psutil.virtual_memory().available
     if need > room: raise BattError(f"cleaning {ds.nbytes/1e9:.1f} GB as a whole takes about {need/1e9:.0f} GB of memory, and {room/1e9:.0f} GB are free", key="recipe.select", mend="clean a part, select = { y = [0, 50] }, or call the functions of batt_nb.cleaning on Dask chunks")
-    return ds.load()
+    return ds.compute()
 
 def _run(w, name, asked, where):
     "Run one part and write down what came of it."
