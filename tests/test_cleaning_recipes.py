@@ -62,6 +62,13 @@ def test_parts_can_be_left_out_and_given_parameters(spectra):
     assert done.norm.dims == ("time", "energy") and done.sizes["shown"] == 12 and float(done.quality_after.sel(score="noise_sigma").mean()) < float(done.quality_before.sel(score="noise_sigma").mean())
 
 
+def test_spectra_normalized_elsewhere_keep_their_readings(spectra):
+    norm = clean(spectra, recipe={"denoise": False}, progress=False)[["norm"]].drop_vars(["energy_shift", "energy_shift_sigma"]).assign(i0=spectra["i0"].drop_vars("energy"))
+    done = clean(norm.drop_attrs(deep=False), recipe={"denoise": False, "despike": False}, progress=False)
+    assert "normalized before" in log(done)["remove_glitches"]["why"] and np.array_equal(done.norm.values, norm.norm.values, equal_nan=True)
+    assert np.isfinite(done.edge_position).all()
+
+
 def test_a_part_asked_for_that_cannot_be_done_is_an_error_and_a_default_one_a_remark(spectra):
     lame = spectra.copy(deep=True)
     lame["foil"][:] = 1.0

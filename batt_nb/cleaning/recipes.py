@@ -153,6 +153,7 @@ def select_(w, **ranges): # dimension -> (low, high) in its units
 def remove_glitches_(w, **options):
     from batt_nb.cleaning import remove_glitches
     if "i0" not in w.ds: raise Skip("the incident beam was not recorded")
+    if "mu" not in w.ds and not options: raise Skip("the spectra were normalized before: what the beam did was dealt with then, and bridging could only blur them")
     options = {"fill": "spline"} | options
     out = remove_glitches(w.ds, **options)
     a = out.attrs
@@ -242,7 +243,7 @@ def edge_measure_(w, **options):
     e0 = float(w.ds["e0"].median()) if "e0" in w.ds else float(mean["energy"][above[0]])
     options = {"window": (e0 - 15, e0 + 25), "measure": "half"} | options
     step = {"step_sigma": w.ds["edge_step_sigma"]/w.ds["edge_step"]} if "edge_step_sigma" in w.ds and "step_sigma" not in options else {}
-    out = edge_measure(w.ds["norm"].assign_attrs(history=w.ds.attrs["history"]), **options, **step)
+    out = edge_measure(w.ds["norm"].assign_attrs(history=w.ds.attrs.get("history", "[]")), **options, **step)
     w.add(out, {"position": "edge_position", "position_sigma": "edge_position_sigma"})
     p = out["position"]
     return f"{options['measure']} between {options['window'][0]:.1f} and {options['window'][1]:.1f} eV: {float(p.min()):.2f} to {float(p.max()):.2f} eV, sigma {float(out['position_sigma'].median()):.2g} eV" + (f"; {plural(out.attrs['masked'], 'spectrum')} masked" if out.attrs["masked"] else "")
@@ -253,7 +254,7 @@ def fit_references_(w, references=None, **options):
     if not references: raise BattError("no references are named", key="fit_references.references", mend='references = { FePO4 = "raw/standards/fepo4*.xdi", LiFePO4 = [0, 1] }: files, or numbers of frames')
     known = xr.concat([_reference(w, v, name) for name, v in references.items()], "reference").assign_coords(reference=list(references))
     inside = known.notnull().all("reference") & w.ds["norm"].notnull().any([d for d in w.ds["norm"].dims if d != "energy"])
-    out = fit_references(w.ds["norm"].assign_attrs(history=w.ds.attrs["history"]).isel(energy=inside.values), known.isel(energy=inside.values), **options)
+    out = fit_references(w.ds["norm"].assign_attrs(history=w.ds.attrs.get("history", "[]")).isel(energy=inside.values), known.isel(energy=inside.values), **options)
     w.add(out, {n: n for n in out.data_vars if n.startswith("weight")})
     return "weights of " + ", ".join(f"{n} {float(out['weight'].sel(reference=n).min()):.2f} to {float(out['weight'].sel(reference=n).max()):.2f}" for n in references) + f", sigma {float(out['weight_sigma'].median()):.3f} (median)"
 
