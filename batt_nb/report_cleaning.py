@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-from .core import BattError, seconds_on
+from .core import flags
 from .report import COLORS, WIDTH, Html, Look, bokeh_figure, cards, color_limits, diverging, hover, legend_right, look_at, metric, named, number, plot_text, rows, say, shown, small_figure, table, thumbnail, voltage_panel, with_slider
 
 # %% ../nbs/62_report_cleaning.ipynb #6756c49a
@@ -175,7 +175,7 @@ def quality_rows(c:Cleaned)->list[dict]:
 
 def quality_table(c:Cleaned)->Html:
     "The scores as a table."
-    return table(quality_rows(c), "Scores without reference, median over the frames") if quality_rows(c) else say("The frames are too small for scores of quality.")
+    return table(quality_rows(c), "Scores without reference, median over the frames") if quality_rows(c) else say(next((f for f in flags(c.ds) if f.startswith("no scores of quality")), "No scores of quality were made.").capitalize() + ".")
 
 def frame_axis(c:Cleaned)->tuple: # values, (label, unit)
     "Where frames stand: hours where times are known, numbers otherwise."
@@ -257,7 +257,8 @@ def fraction_figure(c:Cleaned)->Html:
         plot.scatter(x, at("volume_fraction"), color=PHASES[k], size=6, legend_label=plot_text(p))
     plot.y_range.start = 0
     legend_right(plot)
-    return shown(plot)
+    top, bottom, left, right = (int(n) for n in c.ds.attrs["fraction_box"])
+    return Html(shown(plot).html + say(f"Counted in the box of {bottom - top} x {right - left} pixels (y, x) that every frame shows and that holds no missing pixel.").html)
 
 # %% ../nbs/62_report_cleaning.ipynb #3e6ffa58
 def fraction_sentence(c:Cleaned)->Html:

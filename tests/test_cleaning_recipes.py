@@ -8,7 +8,7 @@ import tifffile
 import xarray as xr
 
 from batt_nb.campaign import Campaign
-from batt_nb.cleaning.recipes import CHAINS, PARTS, check_recipe, clean, clean_technique
+from batt_nb.cleaning.recipes import CHAINS, PARTS, check_recipe, clean, clean_technique, outside
 from batt_nb.core import BattError, flags, history
 from batt_nb.report import pages, report
 from conftest import DATA, ROOT, needs_data
@@ -112,6 +112,28 @@ def test_images_are_moved_into_place_once_and_strokes_with_them(tmp_path, one_th
 def _copy(a, b): shutil.copy(a, b); return b
 
 
+def test_corners_of_a_reconstruction_are_no_phase(tmp_path, one_thread):
+    ds, truth, move = small_images()
+    far = np.hypot(*np.mgrid[-31.5:32, -31.5:32]) > 32
+    values = np.where(far, 7.0, ds.image.values)
+    marks = np.full((64, 64), 255, np.uint8)
+    marks[::5] = np.where(far, 255, truth)[::5]
+    tifffile.imwrite(tmp_path/"0_label.tif", marks)
+    recipe = {"segment": {"classes": {"low": 0, "high": 1}, "labels": "*_label.tif", "network": "forest"}, "correct_intensity": False, "denoise": False, "remove_rings": False}
+    done = clean(ds.assign(image=ds.image.copy(data=values)), recipe=recipe, files=lambda pattern: sorted(tmp_path.glob(pattern)), progress=False)
+    assert (done.label.values[0][far] == -1).all() and "no phase" in log(done)["segment"]["why"] and (done.label.values[0][20:44, 20:44] >= 0).all()
+    a, b, c, d = done.attrs["fraction_box"]
+    assert 25 < b - a < 50 and 25 < d - c < 50 and (done.label.values[:, a:b, c:d] >= 0).all()
+    assert float(done.volume_fraction.sel(phase="high")[0]) == pytest.approx(truth[a:b, c:d].mean(), abs=0.05)
+    assert not outside(ds.image).any() and outside(ds.image.copy(data=values))[far].all() # nothing is cut off where there is no circle
+
+
+def test_scores_that_cannot_be_made_say_why():
+    ds, _, _ = small_images()
+    done = clean(ds.isel(y=slice(0, 12)), recipe={"register": False, "correct_intensity": False, "denoise": False}, progress=False)
+    assert "quality_after" not in done and any(f.startswith("no scores of quality: images of") for f in flags(done))
+
+
 def test_still_images_are_not_interpolated():
     ds, _, _ = small_images()
     r = np.random.default_rng(3)
@@ -133,6 +155,17 @@ def test_the_stage_is_kept_until_the_recipe_changes(campaign):
     (campaign.folder/"campaign.toml").write_text(text)
     assert "baseline" not in done and not first.exists() and other.stage_hash("xrd_control") == campaign.stage_hash("xrd_control") # the raw stage is not read anew
     assert campaign["xrd_control/raw"].sizes["time"] == campaign["xrd_control/clean"].sizes["time"]
+
+
+def test_a_stage_older_than_the_raw_one_says_so(campaign):
+    import os
+    clean_technique(campaign, "xas_control", progress=False)
+    assert not any("read anew" in f for f in flags(campaign["xas_control/clean"]))
+    raw = campaign.store.stages()["xas_control", "raw"]
+    before = raw.stat()
+    os.utime(raw)
+    assert any("read anew" in f for f in flags(campaign["xas_control/clean"])) and not flags(campaign["xas_control/raw"])
+    os.utime(raw, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def test_the_page_says_what_was_done_and_shows_no_markup(campaign):

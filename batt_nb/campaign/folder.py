@@ -146,7 +146,10 @@ def __getitem__(self:Campaign,
     held = [s for t, s in stages if t == name]
     if (stage and stage not in held) or not held:
         raise BattError(f"{key!r} is not in the store", file=self.folder/"store", mend=f"the store holds {name} {', '.join(held)}" if held else "run campaign.ingest() first")
-    return open_stage(stages[name, stage or held[-1]])
+    found = stage or held[-1]
+    ds, path, raw = open_stage(stages[name, found]), stages[name, found], stages.get((name, "raw"))
+    if found == "raw" or raw is None or path.stat().st_mtime_ns >= raw.stat().st_mtime_ns: return ds
+    return flag(ds, f"the stage {found} was made before the raw files were read anew: make it again")
 
 @patch
 def save(self:Campaign,

@@ -8,7 +8,7 @@ __all__ = ['CHAINS', 'ASKED', 'HOMES', 'EXTRA', 'PARTS', 'MAINS', 'SHOWN', 'chai
            'align_energy_', 'calibrate_energy_', 'denoise_', 'normalize_xas_', 'edge_measure_', 'fit_references_',
            'mask_peaks_', 'fit_peaks_', 'strongest_lines', 'baseline_', 'transform_', 'phase_', 'integrals_',
            'line_ranges', 'correct_baseline_', 'correct_intensity_', 'remove_rings_', 'register_', 'apply_shift_',
-           'correct_frames_', 'remove_stripes_', 'find_center_', 'correct_tilt_', 'reconstruct_', 'segment_',
+           'correct_frames_', 'remove_stripes_', 'find_center_', 'correct_tilt_', 'reconstruct_', 'segment_', 'outside',
            'microstructure_', 'clean', 'cleaning_code', 'clean_technique']
 
 # %% ../../nbs/cleaning/95_recipes.ipynb #3efd32fe
@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from ..core import BattError, flag, history, record
+from ..core import BattError, flag, flags, record
 
 # %% ../../nbs/cleaning/95_recipes.ipynb #2743dcd4
 CHAINS = {
@@ -297,18 +297,14 @@ def fit_peaks_(w, peaks=None, most:int=6, **options):
 def strongest_lines(
     pattern:xr.DataArray, # [.., two_theta]
     most:int=6, # lines
-)->np.ndarray: # angles, strongest first
-    "Lines that stand out of the mean and of the largest values of a series, above what is smooth."
-    from scipy.ndimage import gaussian_filter1d, minimum_filter1d
-    from scipy.signal import find_peaks
-    rows = pattern.values.reshape(-1, pattern.shape[-1])
-    rows = rows[np.isfinite(rows).all(1)] if np.isfinite(rows).all(1).any() else np.nan_to_num(rows)
-    top = np.maximum(rows.mean(0), np.percentile(rows, 90, axis=0))
-    under = gaussian_filter1d(minimum_filter1d(gaussian_filter1d(top, 1), max(9, top.size//40)), max(3, top.size//40))
-    above = top - under
-    noise = 1.4826*np.median(np.abs(np.diff(top)))/np.sqrt(2)
-    found, facts = find_peaks(above, prominence=max(8*noise, 0.02*above.max()), distance=4)
-    return pattern[pattern.dims[-1]].values[found[np.argsort(-facts["prominences"])][:most]]
+)->np.ndarray: # angles, highest first
+    "The lines of a series that stand highest above the lowest point around them."
+    from batt_nb.cleaning.peaks import find_lines
+    x, others = pattern["two_theta"].values, [d for d in pattern.dims if d != "two_theta"]
+    top = pattern.max(others).values
+    at, width = find_lines(x, [pattern.mean(others).values, top])
+    height = [np.interp(a, x, np.nan_to_num(top)) - np.nanmin(top[np.abs(x - a) <= 5*w]) for a, w in zip(at, width)]
+    return at[np.argsort(height)[::-1][:most]]
 
 @part
 def baseline_(w, **options):
@@ -328,7 +324,7 @@ def transform_(w, **options):
     w.main = "spectrum"
     w.ds = w.ds.drop_vars("signal").drop_dims("acquisition_time", errors="ignore")
     w.keep(out)
-    w.held["decay"], w.plain = True, xr.Dataset({"spectrum": out})
+    w.plain = xr.Dataset({"spectrum": out})
     return f"decays of {options.get('window', 'exponential')} window with {options.get('line_broadening_Hz', 0.0):g} Hz of broadening, {out.sizes['shift']} points"
 
 @part
@@ -377,9 +373,9 @@ def correct_baseline_(w, **options):
 
 # %% ../../nbs/cleaning/95_recipes.ipynb #c21241f8
 def _worth(w, out, harm, what):
-    "Keep what a cleaner gave, unless its stated harm is larger than what it takes off."
+    "Keep what a cleaner gave, unless its stated harm is larger than what it takes off, or not known."
     taken = float(np.sqrt(np.nanmean((np.asarray(out.values, float) - np.asarray(w.ds[w.main].values, float))**2)))
-    if taken <= harm: raise Skip(f"{what}: what would be taken off ({taken:.3g}, rms) is less than the harm to be expected ({harm:.3g})")
+    if not taken > harm: raise Skip(f"{what}: what would be taken off ({taken:.3g}, rms) is less than the harm to be expected ({harm:.3g})")
     w.keep(out)
     return taken
 
@@ -457,7 +453,8 @@ def find_center_(w, **options):
     from batt_nb.cleaning import find_center
     if w.held.get("center") is not None: raise Skip(f"the recipe gives the axis: column {np.mean(w.held['center']):g}")
     out = find_center(w.da, **options)
-    w.ds = flag(w.ds.assign(center=out["center"], center_sigma=out["center_sigma"], motion_x=out["motion_x"]), *json.loads(out.attrs.get("flags", "[]")))
+    w.add(out, {n: n for n in ("center", "center_sigma", "motion_x")})
+    w.ds = flag(w.ds, *flags(out))
     if not np.isfinite(out["center"]).all(): raise BattError(f"the axis of rotation was not found: {out.attrs.get('reason', '')}", key="find_center", mend="give the detector column in the recipe: reconstruct = { center = .. }")
     w.held |= {"center": out["center"], "found": out}
     return f"column {float(out['center'].mean()):.2f} ± {float(out['center_sigma'].mean()):.2f}; motion sideways that all rows share {float(out['motion_x'].mean()):.2f} px (rms)"
@@ -492,18 +489,39 @@ def segment_(w, classes=None, labels=None, ignore=255, model=None, painted="raw"
     from batt_nb.cleaning import Segmenter
     da = w.ds[w.main]
     stack = "z" if "z" in da.dims else _frames_of(w)
+    if painted not in ("raw", "clean"): raise BattError(f"painted on {painted!r}", key="segment.painted", mend="raw or clean: the frames on which the strokes were painted")
     if w.files is None and (labels or model): raise BattError("the data come without a campaign, so no files can be named", key="segment", mend="clean through a campaign")
     if model: fitted = Segmenter.load(w.files(model)[0], progress=False)
     elif classes and labels:
         fitted = Segmenter(classes, **{"context": 0, "progress": False} | options).fit(*_painted(da, w.files(labels), stack, ignore, w.held.get("moved") if painted == "raw" else None), ignore=ignore)
     else: raise BattError("a segmentation needs strokes or a model", key="segment", mend='segment = { classes = { pore = 0, particle = 1 }, labels = "labels/*.tif" }, or { model = "phases.safetensors" }')
     out = fitted.predict(w.da)
+    moved = w.held.get("moved")
+    rim = 2 + (int(np.ceil(np.nanmax(np.abs(moved["shift"].values)))) if moved is not None else 0)
+    empty = xr.DataArray(outside(w.held.get("recorded", w.plain[w.main]), rim), dims=("y", "x"))
+    out = out.assign(label=out["label"].where(~empty, -1).astype(out["label"].dtype), **{n: out[n].where(~empty) for n in ("probability", "uncertainty")})
     w.held["segmented"] = out
     w.add(out, {n: n for n in ("label", "probability", "uncertainty")})
     w.ds = w.ds.assign_attrs({k: v for k, v in out.attrs.items() if k.startswith("held_out")})
     a = out.attrs
     said = f"{100*a['held_out_accuracy']:.0f} % of {a['held_out_pixels']} pixels right on {a.get('held_out_strokes_left_out', 0)} strokes left out whole, calibration error {a['held_out_ece']:.3f}" if "held_out_accuracy" in a else "no stroke could be left out, so nothing is known of its errors"
-    return f"phases {', '.join(fitted.classes)}: {said}"
+    return f"phases {', '.join(fitted.classes)}: {said}" + (f"; {100*float(empty.mean()):.0f} % of the image lie outside of what was reconstructed and are no phase" if bool(empty.any()) else "")
+
+def outside(
+    images:xr.DataArray, # [.., y, x] as they were recorded or reconstructed, before anything was moved
+    rim:int=2, # pixels around it that are not trusted either
+    least:float=0.02, # share of the image below which nothing is taken for outside
+)->np.ndarray: # bool (y, x)
+    "Pixels around the corners that never change: what lies outside of the circle of a reconstruction."
+    from scipy.ndimage import binary_dilation, label as parts
+    v = np.asarray(images.transpose(..., "y", "x").values, float)
+    v = v.reshape(-1, *v.shape[-2:])
+    still = np.ptp(np.where(np.isfinite(v), v, 0.0), axis=(0)) == 0 if len(v) > 1 else np.abs(v[0] - v[0, 0, 0]) == 0
+    still &= np.isfinite(v).all(0)
+    regions = parts(still)[0]
+    touching = {regions[k] for k in ((0, 0), (0, -1), (-1, 0), (-1, -1))} - {0}
+    found = np.isin(regions, list(touching))
+    return binary_dilation(found, iterations=rim) if found.mean() > least else np.zeros_like(found)
 
 def _painted(da, paths, stack, ignore, moved): # moved: the shifts that were undone, where the strokes were painted on frames as they came; -> images and labels of the painted frames
     "The painted frames: the last number in a file's name is that of the frame."
@@ -534,21 +552,25 @@ def microstructure_(w, **options):
     names = [n for n in first.data_vars if n.startswith(("volume_fraction", "crack_fraction"))]
     joined = {n: xr.concat([first[n]*np.nan if e is None else e[n] for e in each], stack) if stack else first[n] for n in names}
     w.add(first, {})
-    w.ds = w.ds.assign(joined)
+    w.ds = w.ds.assign(joined).assign_attrs(fraction_box=seg.attrs["box"])
     v = joined["volume_fraction"]
     cut = "" if seg.sizes["y"] == w.ds.sizes["y"] and seg.sizes["x"] == w.ds.sizes["x"] else f" (of the {seg.sizes['y']} x {seg.sizes['x']} pixels that every frame shows)"
     return f"volume fractions with 90 % intervals{cut}: " + ", ".join(f"{p} {float(v.sel(phase=p).mean()):.3f}" for p in v["phase"].values)
 
 # %% ../../nbs/cleaning/95_recipes.ipynb #461b9bd6
 def _known_part(seg, stack): # -> segmented, numbers of the frames that are there
-    "The box that every frame shows, those apart that are missing as a whole: what moved out of view left straight margins."
+    "The box that every frame shows, frames apart that are missing as a whole: sides are cut, the emptiest first, until no pixel is missing."
     p = seg["probability"]
     there = np.isfinite(p).any([d for d in p.dims if d != stack]).values if stack else np.ones(1, bool)
     if stack: p = p.isel({stack: there})
     known = np.isfinite(p).all([d for d in p.dims if d not in ("y", "x")]).transpose("y", "x").values
-    rows, columns = (np.flatnonzero(k) for k in (known[:, known.shape[1]//2], known[known.shape[0]//2]))
-    if not rows.size or not columns.size: raise Skip("no pixel was seen in every frame")
-    return seg.isel(y=slice(rows[0], rows[-1] + 1), x=slice(columns[0], columns[-1] + 1)), set(np.flatnonzero(there).tolist())
+    a, b, c, d = 0, known.shape[0], 0, known.shape[1]
+    while a < b and c < d and not known[a:b, c:d].all():
+        box = ~known[a:b, c:d]
+        side = int(np.argmax([box[0].mean(), box[-1].mean(), box[:, 0].mean(), box[:, -1].mean()]))
+        a, b, c, d = a + (side == 0), b - (side == 1), c + (side == 2), d - (side == 3)
+    if a >= b or c >= d: raise Skip("no pixel was seen in every frame")
+    return seg.isel(y=slice(a, b), x=slice(c, d)).assign_attrs(box=[a, b, c, d]), set(np.flatnonzero(there).tolist())
 
 # %% ../../nbs/cleaning/95_recipes.ipynb #56267157
 MAINS = {"xas": ("mu", "norm"), "xrd": ("intensity",), "nmr": ("signal", "spectrum"), "profiles": ("signal",), "images": ("image",), "projections": ("projections",)}
@@ -572,6 +594,7 @@ def clean(
     if "select" in asked: _run(w, "select", asked, where)
     w.ds = _in_memory(w.ds)
     w.plain = w.ds[[main]].copy()
+    if chain == "images": w.held["recorded"] = w.plain[main]
     for name in (bar := tqdm(CHAINS[chain][1:], desc="cleaning", unit="part", disable=not progress, leave=False)):
         bar.set_postfix_str(name)
         _run(w, name, asked, where)
@@ -604,7 +627,7 @@ def _run(w, name, asked, where):
 def _finished(w, chain, recipe):
     "The dataset of a cleaned technique."
     da, plain = w.ds[w.main], w.plain[w.main] if w.main in w.plain else w.plain[next(iter(w.plain))]
-    before, after = (_quality(v, w.main) for v in (plain, da))
+    (before, _), (after, why) = (_quality(v, w.main) for v in (plain, da))
     outer = next((d for d in ("time", "frame", "z", "angle") if d in da.dims), da.dims[0])
     picked = np.unique(np.linspace(0, da.sizes[outer] - 1, min(da.sizes[outer], SHOWN)).round().astype(int))
     kept = plain.isel({outer: picked}).rename({outer: "shown"}).drop_vars([c for c in plain.coords if c not in plain.dims or c == outer], errors="ignore")
@@ -613,16 +636,17 @@ def _finished(w, chain, recipe):
     for word, q in (("before", before), ("after", after)):
         if q is not None: w.ds[f"quality_{word}"] = xr.concat([v.drop_attrs() for v in q.data_vars.values()], "score", coords="minimal", compat="override").assign_coords(score=list(q.data_vars)).drop_vars([c for c in q.coords if c not in q.dims], errors="ignore")
     if after is not None: w.ds["quality_after"].attrs = {"units": "1", "long_name": "Quality", "scores": json.dumps({n: v.attrs for n, v in after.data_vars.items()}, ensure_ascii=False, default=float)}
+    if after is None: w.ds = flag(w.ds, f"no scores of quality: {why}")
     w.ds = w.ds.assign_attrs(recipe_log=json.dumps(w.log, ensure_ascii=False, default=list), chain=chain, main=w.main, outer=outer)
     return record(w.ds, "cleaning.recipes.clean", {"recipe": recipe}, w.ds)
 
 def _quality(da, name):
-    "Scores without reference, on a rising axis; None where the data are too small for them."
+    "Scores without reference, on a rising axis, and nothing; or None, and why there are none."
     from batt_nb.cleaning import score_quality
     axis = da.dims[-1]
     if axis in da.coords and da[axis].size > 1 and float(da[axis][0]) > float(da[axis][-1]): da = da.sortby(axis)
-    try: return score_quality(da.rename(name).astype(float))
-    except BattError: return None
+    try: return score_quality(da.rename(name).astype(float)), ""
+    except BattError as e: return None, str(e)
 
 # %% ../../nbs/cleaning/95_recipes.ipynb #e2733c6c
 @cache
