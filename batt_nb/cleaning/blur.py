@@ -86,25 +86,25 @@ def _power_law(power, gain, f, sigma):
     p, c = np.polyfit(np.log(at[seen]), np.log((total[seen] - sigma**2)/reach[seen]), 1)
     return float(np.exp(c)), float(max(-p, 0.0))
 
-def _wiener(v, psf, sigma):
-    "The best linear filter for an image with a power-law spectrum; -> image, the exponent of that law."
+def _spectra(v, psf, sigma):
+    "Transfer function, spectrum of the image, power law of what was imaged and its exponent; the padded shape, and where the image lies in it."
     wide, seen = _padded(v - v.mean(), psf)
     H, Y = _transfer(psf, wide.shape), np.fft.rfft2(wide)
     f = np.hypot(np.fft.fftfreq(wide.shape[0])[:, None], np.fft.rfftfreq(wide.shape[1]))
     c, p = _power_law(np.abs(Y)**2/wide.size, np.abs(H)**2, f, sigma)
-    S = c*np.maximum(f, f[0, 1])**-p
-    return np.fft.irfft2(H.conj()*Y/(np.abs(H)**2 + sigma**2/S), wide.shape)[seen] + v.mean(), p
+    return H, Y, c*np.maximum(f, f[0, 1])**-p, p, wide.shape, seen
+
+def _wiener(v, psf, sigma):
+    "The best linear filter for an image with a power-law spectrum; -> image, the exponent of that law."
+    H, Y, S, p, shape, seen = _spectra(v, psf, sigma)
+    return np.fft.irfft2(H.conj()*Y/(np.abs(H)**2 + sigma**2/S), shape)[seen] + v.mean(), p
 
 # %% ../../nbs/cleaning/40_blur.ipynb #443e9283
 def _wiener_error(v, psf, sigma):
     "Root mean square error that the filter expects of its own answer."
-    wide, _ = _padded(v - v.mean(), psf)
-    H, Y = _transfer(psf, wide.shape), np.fft.rfft2(wide)
-    f = np.hypot(np.fft.fftfreq(wide.shape[0])[:, None], np.fft.rfftfreq(wide.shape[1]))
-    c, p = _power_law(np.abs(Y)**2/wide.size, np.abs(H)**2, f, sigma)
-    S = c*np.maximum(f, f[0, 1])**-p
-    twice = np.full(f.shape[1], 2.0); twice[[0, -1] if wide.shape[1] % 2 == 0 else [0]] = 1 # a half plane stands for the whole
-    return float(np.sqrt((S*sigma**2/(np.abs(H)**2*S + sigma**2)*twice).sum()/wide.size))
+    H, _, S, _, shape, _ = _spectra(v, psf, sigma)
+    twice = np.full(S.shape[1], 2.0); twice[[0, -1] if shape[1] % 2 == 0 else [0]] = 1 # a half plane stands for the whole
+    return float(np.sqrt((S*sigma**2/(np.abs(H)**2*S + sigma**2)*twice).sum()/np.prod(shape)))
 
 def _harm(v, out, spread, sigma, width_sigma, width): # of the first frame
     "Error to be expected: the filter's own, that of an estimated width, and the distance of another method from the filter."
