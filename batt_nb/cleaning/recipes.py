@@ -491,9 +491,11 @@ def segment_(w, classes=None, labels=None, ignore=255, model=None, painted="raw"
     stack = "z" if "z" in da.dims else _frames_of(w)
     if painted not in ("raw", "clean"): raise BattError(f"painted on {painted!r}", key="segment.painted", mend="raw or clean: the frames on which the strokes were painted")
     if w.files is None and (labels or model): raise BattError("the data come without a campaign, so no files can be named", key="segment", mend="clean through a campaign")
+    lost = []
     if model: fitted = Segmenter.load(w.files(model)[0], progress=False)
     elif classes and labels:
-        fitted = Segmenter(classes, **{"context": 0, "progress": False} | options).fit(*_painted(da, w.files(labels), stack, ignore, w.held.get("moved") if painted == "raw" else None), ignore=ignore)
+        images, marks, lost = _painted(da, w.files(labels), stack, ignore, w.held.get("moved") if painted == "raw" else None)
+        fitted = Segmenter(classes, **{"context": 0, "progress": False} | options).fit(images, marks, ignore=ignore)
     else: raise BattError("a segmentation needs strokes or a model", key="segment", mend='segment = { classes = { pore = 0, particle = 1 }, labels = "labels/*.tif" }, or { model = "phases.safetensors" }')
     out = fitted.predict(w.da)
     moved = w.held.get("moved")
@@ -505,7 +507,7 @@ def segment_(w, classes=None, labels=None, ignore=255, model=None, painted="raw"
     w.ds = w.ds.assign_attrs({k: v for k, v in out.attrs.items() if k.startswith("held_out")})
     a = out.attrs
     said = f"{100*a['held_out_accuracy']:.0f} % of {a['held_out_pixels']} pixels right on {a.get('held_out_strokes_left_out', 0)} strokes left out whole, calibration error {a['held_out_ece']:.3f}" if "held_out_accuracy" in a else "no stroke could be left out, so nothing is known of its errors"
-    return f"phases {', '.join(fitted.classes)}: {said}" + (f"; {100*float(empty.mean()):.0f} % of the image lie outside of what was reconstructed and are no phase" if bool(empty.any()) else "")
+    return f"phases {', '.join(fitted.classes)}: {said}" + (f"; strokes left out, since their frame could not be registered: {', '.join(lost)}" if lost else "") + (f"; {100*float(empty.mean()):.0f} % of the image lie outside of what was reconstructed and are no phase" if bool(empty.any()) else "")
 
 def outside(
     images:xr.DataArray, # [.., y, x] as they were recorded or reconstructed, before anything was moved
@@ -528,17 +530,20 @@ def _painted(da, paths, stack, ignore, moved): # moved: the shifts that were und
     import re
     import tifffile
     from scipy.ndimage import shift
-    frames, marks = [], []
+    frames, marks, lost = [], [], []
     for p in paths:
         found = re.findall(r"\d+", Path(p).stem)
         values = tifffile.imread(p)
         if not found or int(found[-1]) >= da.sizes[stack]: raise BattError("the name does not say which frame it belongs to" if not found else f"frame {found[-1]} of {da.sizes[stack]}", file=p, key="segment.labels", mend="name labels by the number of their frame, counted from 0: 0_label.tif")
         if values.shape != (da.sizes["y"], da.sizes["x"]): raise BattError(f"labels of {values.shape} on images of {(da.sizes['y'], da.sizes['x'])}", file=p, key="segment.labels", mend="paint on the images as they are")
-        if moved is not None: values = shift(values, -np.nan_to_num(moved["shift"].values[int(found[-1])]), order=0, mode="constant", cval=ignore)
+        if moved is not None:
+            by = moved["shift"].values[int(found[-1])]
+            if not np.isfinite(by).all(): lost.append(Path(p).name); continue # not registered: there is no image under these strokes
+            values = shift(values, -by, order=0, mode="constant", cval=ignore)
         frames.append(int(found[-1])); marks.append(values)
-    if not frames: raise BattError("no labels were found", key="segment.labels", mend="a pattern of TIFF files in the campaign")
+    if not frames: raise BattError(f"no frame with strokes could be registered ({', '.join(lost)})" if lost else "no labels were found", key="segment.labels", mend="paint on frames that are registered" if lost else "a pattern of TIFF files in the campaign")
     images = da.isel({stack: frames})
-    return images, images.copy(data=np.stack(marks)).transpose(*images.dims) if images.dims[0] == stack else xr.DataArray(np.stack(marks), dims=(stack, "y", "x")).transpose(*images.dims)
+    return images, xr.DataArray(np.stack(marks), dims=(stack, "y", "x")).transpose(*images.dims), lost
 
 @part
 def microstructure_(w, **options):

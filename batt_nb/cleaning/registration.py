@@ -581,8 +581,9 @@ def _ask_edges(plane, out, hard, reference, frames, limit):
 
 def _widen(out, bin):
     "Sigma and covariance (px of the frames) with what a weak peak adds."
-    a2 = out["structure"][:, None]
-    factor = ((1.25*a2 + 1.08*~a2)*(1 + ((11.0*a2 + 8.7*~a2)/out["peak"][:, None])**4)).sqrt()*bin
+    import torch
+    edges, z = out["structure"][:, None], out["peak"][:, None]
+    factor = torch.where(edges, 1.25*(1 + (17.5/z)**5), 1.08*(1 + (12/z)**10)).sqrt()*bin
     return out["sigma"]*factor, out["covariance"]*factor[:, 0]**2
 
 # %% ../../nbs/cleaning/80_registration.ipynb #494c5d58
