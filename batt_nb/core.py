@@ -47,7 +47,7 @@ VARIABLES = {
     "mu": ("1", "Absorption µ"), "norm": ("1", "Normalized absorption"), "mu_sigma": ("1", "Standard uncertainty of the absorption"),
     "foil": ("1", "Foil absorption"), "foil_derivative": ("1/eV", "Derivative of the foil absorption"), "i0": ("1", "Incident intensity"), "itrans": ("1", "Transmitted intensity"),
     "intensity": ("1", "Intensity"), "intensity_sigma": ("1", "Standard uncertainty of the intensity"),
-    "projections": ("1", "Projections"), "flats": ("1", "Flat fields"), "darks": ("1", "Dark fields"), "image": ("1", "Image"),
+    "projections": ("1", "Projections"), "flats": ("1", "Flat fields"), "darks": ("1", "Dark fields"), "image": ("1", "Grey value"),
     "signal": ("1", "NMR signal"), "spectrum": ("1", "NMR spectrum"),
 }
 

@@ -80,8 +80,8 @@ def table(
     if not rows: return Html(f"<p class='bn-none'>{escape(caption or 'Nothing')}: none.</p>")
     right = lambda v: isinstance(v, (int, float, np.number)) and not isinstance(v, bool)
     head = "".join(f"<th{' class=bn-num' if right(rows[0][k]) else ''}>{escape(str(k))}</th>" for k in rows[0])
-    cell = lambda v: f"<td{' class=bn-num' if right(v) else ''}>{escape(number(v))}</td>"
-    body = "".join(f"<tr>{''.join(cell(v) for v in row.values())}</tr>" for row in rows)
+    kind = lambda v: " class=bn-num" if right(v) else " class=bn-long" if max(map(len, str(v).split()), default=0) > 24 else "" # a path may be broken, a word may not
+    body = "".join(f"<tr>{''.join(f'<td{kind(v)}>{escape(number(v))}</td>' for v in row.values())}</tr>" for row in rows)
     inner = f"<div class='bn-scroll'><table class='bn-table'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     if fold: return Html(f"<details class='bn-fold'><summary>{escape(caption)}</summary>{inner}</details>")
     return Html((f"<p class='bn-caption'>{escape(caption)}</p>" if caption else "") + inner)
@@ -1540,7 +1540,8 @@ def run_template(
     logging.getLogger("papermill").setLevel(logging.ERROR)
     target, error = work.absolute()/f"{job.page}.ipynb", ""
     check_parameters(job.template, parameters)
-    options = dict(kernel_name="python3", progress_bar=False, cwd=str(cwd), start_timeout=120, request_save_on_cell_execute=False, autosave_cell_every=0)
+    options = dict(kernel_name="python3", progress_bar=False, cwd=str(cwd), start_timeout=120, request_save_on_cell_execute=False, autosave_cell_every=0,
+                   extra_arguments=["--IPKernelApp.log_level=ERROR"]) # without the warning of each kernel that its port has no encryption, which tears the bar
     try: return pm.execute_notebook(str(job.template.absolute()), str(target), parameters, **options), error
     except pm.PapermillExecutionError as e: error = f"{e.ename}: {e.evalue}"
     return nbformat.read(target, as_version=4), error
@@ -1572,7 +1573,7 @@ p{margin:8px 0;max-width:76ch}
 .bn-value{font-size:23px;font-weight:600;white-space:nowrap}.bn-unit{font-size:15px;font-weight:400;margin-left:5px;color:var(--soft)}.bn-name{font-size:13.5px;color:var(--soft)}
 .bn-scroll{overflow:auto;max-height:560px;margin:8px 0 14px}
 table.bn-table{border-collapse:collapse;font-size:14px;line-height:1.4} .bn-table th{position:sticky;top:0;background:#fff;text-align:left;font-weight:600;border-bottom:2px solid var(--line);padding:6px 14px 6px 0;vertical-align:bottom}
-.bn-table td{border-bottom:1px solid var(--line);padding:6px 14px 6px 0;vertical-align:top;overflow-wrap:anywhere} .bn-table .bn-num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+.bn-table td{border-bottom:1px solid var(--line);padding:6px 14px 6px 0;vertical-align:top} .bn-table .bn-long{overflow-wrap:anywhere} .bn-table .bn-num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .bn-caption{font-weight:600;margin:16px 0 2px}.bn-fold{margin:12px 0}.bn-fold summary{cursor:pointer;color:var(--blue)}.bn-none{color:var(--soft)}
 .bn-say p{margin:6px 0}.bn-note,.bn-warn{border-left:4px solid var(--blue);background:#f1f7fb;padding:8px 18px;margin:14px 0;border-radius:0 6px 6px 0}.bn-warn{border-color:#D55E00;background:#fdf4ee}
 footer{max-width:1040px;margin:30px auto 60px;padding:14px 28px;border-top:1px solid var(--line);color:var(--soft);font-size:14px} footer h2{font-size:17px;border:0;margin:8px 0;padding:0;color:var(--ink)}
