@@ -11,7 +11,7 @@ from conftest import DATA, needs_data
 
 from batt_nb.campaign import read
 from batt_nb.cleaning.blur import deblur, estimate_blur
-from batt_nb.cleaning.noise import Noise, denoise, noise_of, patches, repeats_noise, restore, stabilize
+from batt_nb.cleaning.noise import Noise, denoise, noise2inverse, noise_of, patches, repeats_noise, restore, stabilize
 from batt_nb.core import BattError, flags, history, stream
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -201,3 +201,31 @@ def test_frames_with_masked_pixels_are_masked_and_counted():
     done = deblur(holed, psf=1.5)
     assert done.isnull().all(("y", "x")).values.tolist() == [False, True, False] and any("1 frames" in f for f in flags(done))
     with pytest.raises(BattError, match="first frame"): deblur(holed.isel(time=[1, 0]), psf=1.5)
+
+
+def scans(seed, size=64, angles=96):
+    "Line integrals of a disk with holes, from their formula, and the reconstruction of them without noise."
+    from batt_nb.cleaning.tomography import reconstruct
+    rng, at, x = stream(seed, "scans"), np.deg2rad(np.arange(angles)*180/angles), np.arange(size) - (size - 1)/2
+    chord = lambda cy, cx, r: 2*np.sqrt(np.clip(r**2 - (x - (cx*np.cos(at) + cy*np.sin(at))[:, None])**2, 0, None))
+    lines = 0.02*(chord(0, 0, 28) - 0.6*sum(chord(*rng.uniform(-13, 13, 2), rng.uniform(3, 7)) for _ in range(4)))
+    sinogram = xr.DataArray(lines, {"angle": np.rad2deg(at), "x": np.arange(float(size))}, ("angle", "x"), "line_integral", {"units": "1", "pixel_size_um": 0.5})
+    return sinogram, reconstruct(sinogram)
+
+
+def test_noise2inverse_knows_its_error():
+    from batt_nb.cleaning.tomography import reconstruct
+    sinogram, ideal = scans(32)
+    noisy = sinogram.copy(data=sinogram.values + 0.1*stream(32, "noise").standard_normal(sinogram.shape))
+    out = noise2inverse(noisy, epochs=6, steps=25, seed=32, progress=False)
+    error = rms(out - ideal)
+    assert error < 0.7*rms(reconstruct(noisy) - ideal) and out.attrs["units"] == ideal.attrs["units"]
+    assert 0.5 < out.estimated_error/error < 2 and error < out.denoise_harm and not flags(out)
+
+
+def test_noise2inverse_says_what_it_cannot_know():
+    sinogram, ideal = scans(33)
+    smooth = sinogram.copy(data=gaussian_filter(sinogram.values + 0.05*stream(1, "noise").standard_normal(sinogram.shape), 1.2))
+    out = noise2inverse(smooth, epochs=1, steps=2, progress=False)
+    assert out.estimated_error == "not estimated" and out.denoise_harm > 0 and "correlated" in flags(out)[0]
+    with pytest.raises(BattError, match="too few to learn from"): noise2inverse(sinogram.isel(x=slice(20, 40)), epochs=1, progress=False)
