@@ -509,6 +509,7 @@ def segment_(w, classes=None, labels=None, ignore=255, model=None, painted="raw"
     said = f"{100*a['held_out_accuracy']:.0f} % of {a['held_out_pixels']} pixels right on {a.get('held_out_strokes_left_out', 0)} strokes left out whole, calibration error {a['held_out_ece']:.3f}" if "held_out_accuracy" in a else "no stroke could be left out, so nothing is known of its errors"
     return f"phases {', '.join(fitted.classes)}: {said}" + (f"; strokes left out, since their frame could not be registered: {', '.join(lost)}" if lost else "") + (f"; {100*float(empty.mean()):.0f} % of the image lie outside of what was reconstructed and are no phase" if bool(empty.any()) else "")
 
+# %% ../../nbs/cleaning/95_recipes.ipynb #9d3778ae
 def outside(
     images:xr.DataArray, # [.., y, x] as they were recorded or reconstructed, before anything was moved
     rim:int=2, # pixels around it that are not trusted either
@@ -525,6 +526,7 @@ def outside(
     found = np.isin(regions, list(touching))
     return binary_dilation(found, iterations=rim) if found.mean() > least else np.zeros_like(found)
 
+# %% ../../nbs/cleaning/95_recipes.ipynb #17708858
 def _painted(da, paths, stack, ignore, moved): # moved: the shifts that were undone, where the strokes were painted on frames as they came; -> images and labels of the painted frames
     "The painted frames: the last number in a file's name is that of the frame."
     import re
@@ -545,6 +547,7 @@ def _painted(da, paths, stack, ignore, moved): # moved: the shifts that were und
     images = da.isel({stack: frames})
     return images, xr.DataArray(np.stack(marks), dims=(stack, "y", "x")).transpose(*images.dims), lost
 
+# %% ../../nbs/cleaning/95_recipes.ipynb #18fc14b8
 @part
 def microstructure_(w, **options):
     from batt_nb.cleaning import microstructure
